@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which bytes of the checkpoint reach which rank: vLLM's real layers, with the number of ranks made up.
+
+Every expected value is a slice of the checkpoint's own tensors, written out here by hand.
+"""
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from vllm.model_executor.layers import linear as vllm_linear
+from vllm.model_executor.layers import vocab_parallel_embedding as vllm_vocabulary
+
+from pvq_vllm.codec.errors import PVQError
+from pvq_vllm.config import PVQConfig
+
+HEAD, HIDDEN = 16, 64
+RATES = {"pvq2": 2, "pvq3": 3, "pvq4": 4, "int8": 8}
+
+
+@pytest.fixture
+def ranks(monkeypatch):
+    """Return a function that makes vLLM's layers believe they are rank ``rank`` of ``size``."""
+
+    def pretend(rank: int, size: int) -> None:
+        for module in (vllm_linear, vllm_vocabulary):
+            monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank)
+            monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: size)
+        from vllm.model_executor import parameter
+
+        monkeypatch.setattr(parameter, "get_tensor_model_parallel_rank", lambda: rank)
+        monkeypatch.setattr(parameter, "get_tensor_model_parallel_world_size", lambda: size)
+
+    return pretend
+
+
+def make_config(codebooks: dict[str, str], rotation_blocks: int = 1) -> PVQConfig:
+    """Return a config that lists the modules of ``codebooks`` (name -> codebook)."""
+    modules = {n: {"rotation_blocks": rotation_blocks, "codebook": {"name": c}} for n, c in codebooks.items()}
+    factors = {"64": [64], "32": [32]}
+    return PVQConfig.from_config(
+        {
+            "quant_method": "pvq",
+            "format_version": 1,
+            "activation": "a8",
+            "codebook": {"name": "pvq4"},
+            "rotation": {"seed": 3, "factors": factors},
+            "modules": modules,
+        }
+    )
+
+
+def random_tensors(codebook: str, rows: int, columns: int = HIDDEN) -> dict[str, torch.Tensor]:
+    """Return weight_packed and weight_scale of one module; the bytes need not be valid codes to be moved about."""
+    packed = torch.randint(0, 256, (rows, columns // 8, RATES[codebook]), dtype=torch.uint8)
+    return {"weight_packed": packed, "weight_scale": torch.rand(rows).half()}
+
+
+def load(layer, tensors: dict[str, torch.Tensor], shard_id=None) -> None:
+    """Load as vLLM does: one tensor at a time, through the parameter's own loader."""
+    for name, tensor in tensors.items():
+        parameter = getattr(layer, name)
+        parameter.weight_loader(parameter, tensor, *(() if shard_id is None else (shard_id,)))
+
+
+def codes(layer, index: int) -> torch.Tensor:
+    return layer.pvq_weights.codes(layer.weight_packed, index)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_qkv_at_three_rates_with_fewer_key_heads_than_ranks(ranks, size):
+    """4 query heads and 2 key-value heads: on 4 ranks, two ranks load the same key-value head."""
+    parts = {"q": ("pvq4", 4), "k": ("int8", 2), "v": ("pvq2", 2)}
+    tensors = {x: random_tensors(codebook, heads * HEAD) for x, (codebook, heads) in parts.items()}
+    for rank in range(size):
+        ranks(rank, size)
+        config = make_config({f"attn.{x}_proj": codebook for x, (codebook, _) in parts.items()})
+        layer = vllm_linear.QKVParallelLinear(HIDDEN, HEAD, 4, 2, bias=False, quant_config=config, prefix="attn.qkv_proj")
+        for x in ("v", "q", "k"):  # the order of the files does not matter
+            load(layer, tensors[x], x)
+        row = 0
+        for index, x in enumerate("qkv"):
+            heads = parts[x][1]
+            first = rank * heads * HEAD // size if heads >= size else rank // (size // heads) * HEAD
+            rows = slice(first, first + max(heads // size, 1) * HEAD)
+            expected = tensors[x]["weight_packed"][rows]
+            assert torch.equal(codes(layer, index).view(torch.uint8).flatten(1), expected.flatten(1))
+            assert torch.equal(layer.weight_scale[row : row + len(expected)], tensors[x]["weight_scale"][rows])
+            row += len(expected)
+        assert row == layer.pvq_weights.out_features == layer.output_size_per_partition
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_merged_columns_are_split_each_on_its_own(ranks, rank):
+    ranks(rank, 2)
+    config = make_config({"mlp.gate_proj": "pvq3", "mlp.up_proj": "pvq4"})
+    layer = vllm_linear.MergedColumnParallelLinear(
+        HIDDEN, [48, 48], bias=False, quant_config=config, prefix="mlp.gate_up_proj"
+    )
+    tensors = [random_tensors("pvq3", 48), random_tensors("pvq4", 48)]
+    for index, one in enumerate(tensors):
+        load(layer, one, index)
+    for index, one in enumerate(tensors):
+        assert torch.equal(codes(layer, index), one["weight_packed"][rank * 24 : rank * 24 + 24])
+    expected = torch.cat([one["weight_scale"][rank * 24 : rank * 24 + 24] for one in tensors])
+    assert torch.equal(layer.weight_scale, expected)
+
+
+def test_layer_that_the_checkpoint_stores_fused_is_split(ranks):
+    """As in Phi-3: one tensor of q, k and v together, no shard id."""
+    ranks(1, 2)
+    config = make_config({"attn.qkv_proj": "pvq4"})
+    layer = vllm_linear.QKVParallelLinear(HIDDEN, HEAD, 4, 2, bias=False, quant_config=config, prefix="attn.qkv_proj")
+    whole = random_tensors("pvq4", 8 * HEAD)
+    load(layer, whole)
+    rows = [*range(32, 64), *range(80, 96), *range(112, 128)]  # second halves of q, k and v
+    assert torch.equal(torch.cat([codes(layer, i) for i in range(3)]), whole["weight_packed"][rows])
+    assert torch.equal(layer.weight_scale, whole["weight_scale"][rows])
+
+
+@pytest.mark.parametrize("codebook", ["pvq3", "int8"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_row_parallel_takes_columns_and_its_own_rotation_blocks(ranks, rank, codebook):
+    ranks(rank, 2)
+    config = make_config({"mlp.down_proj": codebook}, rotation_blocks=2)
+    layer = vllm_linear.RowParallelLinear(HIDDEN, 40, bias=False, quant_config=config, prefix="mlp.down_proj")
+    whole = random_tensors(codebook, 40)
+    load(layer, whole)
+    expected = whole["weight_packed"][:, rank * 4 : rank * 4 + 4]
+    assert torch.equal(codes(layer, 0).view(torch.uint8).flatten(1), expected.flatten(1))
+    assert torch.equal(layer.weight_scale, whole["weight_scale"])
+    assert layer.pvq_blocks == 1 and layer.pvq_weights.source_column == rank * 32
+
+
+def test_one_rotation_over_two_ranks_is_refused_with_the_remedy(ranks):
+    ranks(0, 2)
+    with pytest.raises(PVQError, match=r"mlp\.down_proj .*--tensor-parallel 2"):
+        vllm_linear.RowParallelLinear(
+            HIDDEN, 40, bias=False, quant_config=make_config({"mlp.down_proj": "pvq4"}), prefix="mlp.down_proj"
+        )
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_vocabulary_padding_has_scale_zero(ranks, rank):
+    """100 words, padded to 128: the second of two ranks has 36 words and 28 rows of padding."""
+    ranks(rank, 2)
+    head = vllm_vocabulary.ParallelLMHead(100, HIDDEN, quant_config=make_config({"lm_head": "pvq4"}), prefix="lm_head")
+    whole = random_tensors("pvq4", 100)
+    load(head, whole)
+    words = 64 if rank == 0 else 36
+    assert torch.equal(codes(head, 0)[:words], whole["weight_packed"][rank * 64 : rank * 64 + words])
+    assert torch.equal(head.weight_scale[:words], whole["weight_scale"][rank * 64 : rank * 64 + words])
+    assert not codes(head, 0)[words:].any() and not head.weight_scale[words:].any()
+
+
+@pytest.fixture
+def replicated(ranks):
+    ranks(0, 1)
+    return vllm_linear.ReplicatedLinear(HIDDEN, 24, bias=False, quant_config=make_config({"x": "pvq4"}), prefix="x")
+
+
+@pytest.mark.parametrize(
+    "name, tensor",
+    [
+        ("weight_packed", torch.zeros(24, 8, 4, dtype=torch.int8)),  # copy_ would cast it
+        ("weight_packed", torch.zeros(24, 8, 1, dtype=torch.uint8)),  # copy_ would broadcast it
+        ("weight_scale", torch.zeros(24, dtype=torch.bfloat16)),
+        ("weight_scale", torch.zeros(1, dtype=torch.float16)),
+    ],
+)
+def test_wrong_dtype_or_shape_is_refused_and_the_tensor_named(replicated, name, tensor):
+    with pytest.raises(PVQError, match=rf"x\.{name} is "):
+        load(replicated, {name: tensor})
+
+
+@pytest.mark.parametrize("missing", ["weight_packed", "weight_scale"])
+def test_missing_tensor_is_found_after_loading(replicated, missing):
+    tensors = random_tensors("pvq4", 24)
+    del tensors[missing]
+    load(replicated, tensors)
+    with pytest.raises(PVQError, match=rf"x\.{missing} is missing"):
+        replicated.quant_method.process_weights_after_loading(replicated)
+
+
+def test_nothing_loaded_at_all_is_found(replicated):
+    with pytest.raises(PVQError, match=r"x\.weight_packed is missing"):
+        replicated.quant_method.process_weights_after_loading(replicated)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_unusable_scale_is_refused(replicated, value):
+    tensors = random_tensors("pvq4", 24)
+    tensors["weight_scale"][5] = value
+    load(replicated, tensors)
+    with pytest.raises(PVQError, match=r"x\.weight_scale has a value"):
+        replicated.quant_method.process_weights_after_loading(replicated)
