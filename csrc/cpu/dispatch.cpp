@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#ifdef __x86_64__
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include "kernels.h"
+
+namespace pvq::cpu {
+namespace {
+
+constexpr std::size_t kDigitTableSize = 8192;
+
+std::vector<std::uint32_t> padded_digits(CodebookId id) {
+  std::vector<std::uint32_t> table = shape_table(*find_codebook(id));
+  table.resize(kDigitTableSize, 0);
+  return table;
+}
+
+std::vector<std::uint32_t> build_pvq2_magnitudes() {
+  const ServingCodebook& book = *find_codebook(CodebookId::kPvq2);
+  const std::vector<std::uint32_t> digits = shape_table(book);
+  std::vector<std::uint32_t> words(512, 0);
+  for (unsigned code = 0; code < 256; ++code) {
+    const int shape = static_cast<int>(code & 127);
+    const int gain = book.gains[shape < num_compositions(kGroupSize, book.pyramids[0]) ? 0 : 1][code >> 7];
+    int m[kGroupSize];
+    unpack_digits(digits[static_cast<std::size_t>(shape)], m);
+    for (int i = 0; i < kGroupSize; ++i)
+      words[256 * (i / 4) + code] |= static_cast<std::uint32_t>((2 * m[i] + 1) * gain & 255) << (8 * (i % 4));
+  }
+  return words;
+}
+
+enum class Isa { kPortable, kAvx2, kAvx512, kAmx };
+
+#ifdef __x86_64__
+// AMX state is off until the process asks for it once (arch_prctl ARCH_REQ_XCOMP_PERM, XTILEDATA).
+bool request_amx() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
+  const bool amx_tile = (edx >> 24 & 1) != 0, amx_int8 = (edx >> 25 & 1) != 0;
+  return amx_tile && amx_int8 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+Isa best_isa(Isa cap) {
+  __builtin_cpu_init();
+  if (cap >= Isa::kAvx512 && avx512_vnni_kernels() != nullptr && __builtin_cpu_supports("avx512vnni") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+#ifdef PVQ_WITH_AMX
+    if (cap >= Isa::kAmx && request_amx()) return Isa::kAmx;
+#endif
+    return Isa::kAvx512;
+  }
+  if (cap >= Isa::kAvx2 && avx2_kernels() != nullptr && __builtin_cpu_supports("avx2")) return Isa::kAvx2;
+  return Isa::kPortable;
+}
+#else
+Isa best_isa(Isa) { return Isa::kPortable; }
+#endif
+
+constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512", "amx"};
+
+Isa active() {
+  static const Isa isa = [] {
+    const char* name = std::getenv("PVQ_CPU_ISA");
+    if (name == nullptr || *name == '\0') return best_isa(Isa::kAmx);
+    for (int i = 0; i < 4; ++i)
+      if (std::strcmp(name, kIsaNames[i]) == 0) return best_isa(static_cast<Isa>(i));
+    throw std::invalid_argument("PVQ_CPU_ISA is '" + std::string(name) + "'; use portable, avx2, avx512 or amx.");
+  }();
+  return isa;
+}
+
+}  // namespace
+
+const std::uint32_t* digit_table(CodebookId id) {
+  static const std::vector<std::uint32_t> pvq2 = padded_digits(CodebookId::kPvq2);
+  static const std::vector<std::uint32_t> joined = padded_digits(CodebookId::kPvq4);  // pvq3 has the same shapes
+  static_assert(find_codebook(CodebookId::kPvq3)->pyramids[0] == find_codebook(CodebookId::kPvq4)->pyramids[0] &&
+                find_codebook(CodebookId::kPvq3)->pyramids[1] == find_codebook(CodebookId::kPvq4)->pyramids[1] &&
+                find_codebook(CodebookId::kPvq3)->pyramids[2] == find_codebook(CodebookId::kPvq4)->pyramids[2]);
+  return id == CodebookId::kPvq2 ? pvq2.data() : joined.data();
+}
+
+const std::uint32_t* pvq2_magnitudes() {
+  static const std::vector<std::uint32_t> table = build_pvq2_magnitudes();
+  return table.data();
+}
+
+const CpuKernels& active_kernels() {
+  switch (active()) {
+    case Isa::kAmx:
+    case Isa::kAvx512:
+      return *avx512_vnni_kernels();
+    case Isa::kAvx2:
+      return *avx2_kernels();
+    case Isa::kPortable:
+      break;
+  }
+  return *portable_kernels();
+}
+
+bool amx_active() { return active() == Isa::kAmx; }
+
+const char* active_isa() { return kIsaNames[static_cast<int>(active())]; }
+
+}  // namespace pvq::cpu

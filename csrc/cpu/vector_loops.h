@@ -1,0 +1,223 @@
+// SPDX-License-Identifier: Apache-2.0
+// Rotation, activation quantization and the final scaling, written once in plain loops; each kernels_*.cpp includes this file and so compiles it
+// for its own instruction set. Every float operation is one that format.md §5 to §7 order, so the width of a vector cannot
+// change a bit. Included inside an anonymous namespace; needs kernels.h.
+
+// Adding and subtracting 1.5 * 2^23 rounds a float below 2^22 to the nearest integer, ties to even, as rint() does.
+inline float round_to_integer(float x) {
+  constexpr float kMagic = 12582912.0f;
+  return (x + kMagic) - kMagic;
+}
+
+// One dense factor along its index: out[r][j] = sum over c of H[r][c] in[c][j], j in [0, run), in order of c.
+template <int kChunk>
+inline void dense_chunk(const float* in, float* out, std::int64_t run, int order, const float* matrix) {
+  typedef float Chunk __attribute__((vector_size(kChunk * sizeof(float)), aligned(4)));
+  for (int r = 0; r < order; ++r) {
+    Chunk sum = *reinterpret_cast<const Chunk*>(in) * matrix[r * order];
+    for (int c = 1; c < order; ++c) sum += *reinterpret_cast<const Chunk*>(in + c * run) * matrix[r * order + c];
+    *reinterpret_cast<Chunk*>(out + r * run) = sum;
+  }
+}
+
+inline void dense_factor(const float* in, float* out, std::int64_t width, std::int64_t run, int order, const float* matrix) {
+  for (std::int64_t base = 0; base < width; base += run * order) {
+    std::int64_t j = 0;
+    for (; j + 16 <= run; j += 16) dense_chunk<16>(in + base + j, out + base + j, run, order, matrix);
+    for (; j + 4 <= run; j += 4) dense_chunk<4>(in + base + j, out + base + j, run, order, matrix);
+    for (; j < run; ++j)
+      for (int r = 0; r < order; ++r) {
+        float sum = in[base + j] * matrix[r * order];
+        for (int c = 1; c < order; ++c) sum += in[base + c * run + j] * matrix[r * order + c];
+        out[base + r * run + j] = sum;
+      }
+  }
+}
+
+// The stages h < 16 stay in one vector: lane i becomes a + b or a - b with a, b the lanes whose bit h is clear and set.
+inline void butterflies_in_vector(float* y, std::int64_t width, std::int64_t order) {
+  typedef float Vector __attribute__((vector_size(64), aligned(4)));
+  typedef std::int32_t Lanes __attribute__((vector_size(64)));
+  const Lanes lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  for (std::int64_t base = 0; base < width; base += 16) {
+    Vector v = *reinterpret_cast<const Vector*>(y + base);
+    for (int h = 1; h < 16 && h < order; h *= 2) {
+      const Vector partner = __builtin_shuffle(v, lane ^ h);
+      v = (lane & h) == 0 ? v + partner : partner - v;
+    }
+    *reinterpret_cast<Vector*>(y + base) = v;
+  }
+}
+
+inline void butterflies(float* y, std::int64_t width, std::int64_t order) {
+  std::int64_t h = 1;
+  if (width % 16 == 0) {
+    butterflies_in_vector(y, width, order);
+    h = 16;
+  }
+  for (; h < order; h *= 2)
+    for (std::int64_t base = 0; base < width; base += 2 * h)
+      for (std::int64_t j = 0; j < h; ++j) {
+        const float a = y[base + j], b = y[base + h + j];
+        y[base + j] = a + b;
+        y[base + h + j] = a - b;
+      }
+}
+
+void rotate(float* y, float* scratch, std::int64_t width, const RotationFactor* factors, int num_factors) {
+  float* from = y;
+  float* to = scratch;
+  std::int64_t run = width;
+  for (int f = 0; f < num_factors; ++f) {
+    run /= factors[f].order;
+    if (factors[f].matrix == nullptr) {
+      butterflies(from, width, factors[f].order);  // always the last factor: run is 1
+    } else {
+      dense_factor(from, to, width, run, factors[f].order, factors[f].matrix);
+      float* swap = from;
+      from = to;
+      to = swap;
+    }
+  }
+  if (from != y) __builtin_memcpy(y, from, static_cast<std::size_t>(width) * sizeof(float));
+}
+
+std::uint32_t max_magnitude(const float* y, std::int64_t n) {
+  std::uint32_t largest = 0;
+  for (std::int64_t i = 0; i < n; ++i) {
+    std::uint32_t magnitude;
+    __builtin_memcpy(&magnitude, y + i, sizeof magnitude);
+    magnitude &= 0x7fffffffu;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return largest;
+}
+
+std::int32_t quantize_a8(const float* y, std::int64_t n, float inverse_scale, int offset, std::uint8_t* a) {
+  std::int32_t sum = 0;
+  for (std::int64_t i = 0; i < n; ++i) {
+    const std::int32_t value = static_cast<std::int32_t>(round_to_integer(y[i] * inverse_scale));
+    sum += value;
+    a[i] = static_cast<std::uint8_t>(value + offset);
+  }
+  return sum;
+}
+
+void quantize_a16(const float* y, std::int64_t n, float inverse_scale, int offset, std::uint8_t* hi, std::uint8_t* lo,
+                  std::int32_t* sum_hi, std::int32_t* sum_lo) {
+  std::int32_t sums[2] = {0, 0};
+  for (std::int64_t i = 0; i < n; ++i) {
+    const std::int32_t value = static_cast<std::int32_t>(round_to_integer(y[i] * inverse_scale));
+    const std::int32_t high = (value + 128) >> 8;
+    const std::int32_t low = value - 256 * high;
+    sums[0] += high;
+    sums[1] += low;
+    hi[i] = static_cast<std::uint8_t>(high + offset);
+    lo[i] = static_cast<std::uint8_t>(low + offset);
+  }
+  *sum_hi = sums[0];
+  *sum_lo = sums[1];
+}
+
+inline float float_from_bits(std::uint32_t bits) {
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline std::uint32_t bits_from_float(float value) {
+  std::uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+inline float float_from_half(std::uint16_t half) {
+  const std::uint32_t sign = static_cast<std::uint32_t>(half & 0x8000u) << 16, exponent = half >> 10 & 31u;
+  std::uint32_t mantissa = half & 1023u;
+  if (exponent == 31) return float_from_bits(sign | 0x7f800000u | mantissa << 13);
+  if (exponent != 0) return float_from_bits(sign | (exponent + 112) << 23 | mantissa << 13);
+  const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;  // subnormal: exact
+  return sign != 0 ? -magnitude : magnitude;
+}
+
+inline std::uint16_t half_from_float(float value) {
+  const std::uint32_t bits = bits_from_float(value), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return static_cast<std::uint16_t>(sign | 0x7e00u);
+  if (magnitude >= 0x477ff000u) return static_cast<std::uint16_t>(sign | 0x7c00u);  // 65520 and above round to infinity
+  if (magnitude < 0x38800000u) {  // subnormal: adding 0.5 aligns the last half bit with the last float bit and rounds to even
+    const std::uint32_t rounded = bits_from_float(float_from_bits(magnitude) + 0.5f);
+    return static_cast<std::uint16_t>(sign | (rounded - 0x3f000000u));
+  }
+  return static_cast<std::uint16_t>(sign | (magnitude + 0xfffu + (magnitude >> 13 & 1u) - 0x38000000u) >> 13);
+}
+
+inline std::uint16_t bfloat_from_float(float value) {
+  const std::uint32_t bits = bits_from_float(value);
+  const std::uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  return static_cast<std::uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16 | 64u) : rounded);
+}
+
+inline void widen_to_float(const void* x, DType dtype, std::int64_t n, float* y) {
+  if (dtype == DType::kFloat32) {
+    __builtin_memcpy(y, x, static_cast<std::size_t>(n) * sizeof(float));
+  } else if (dtype == DType::kBFloat16) {
+    const std::uint16_t* from = static_cast<const std::uint16_t*>(x);
+    for (std::int64_t i = 0; i < n; ++i) y[i] = float_from_bits(static_cast<std::uint32_t>(from[i]) << 16);
+  } else {
+    const std::uint16_t* from = static_cast<const std::uint16_t*>(x);
+    for (std::int64_t i = 0; i < n; ++i) y[i] = float_from_half(from[i]);
+  }
+}
+
+void load(const void* x, DType dtype, const float* signs, std::int64_t n, float* y) {
+  widen_to_float(x, dtype, n, y);
+  if (signs != nullptr)
+    for (std::int64_t i = 0; i < n; ++i) y[i] *= signs[i];
+}
+
+inline void store_lanes(const float* value, DType dtype, int num_lanes, void* y, std::int64_t offset) {
+  if (dtype == DType::kFloat32) {
+    float* to = static_cast<float*>(y) + offset;
+    for (int lane = 0; lane < num_lanes; ++lane) to[lane] = value[lane];
+    return;
+  }
+  std::uint16_t narrow[kLanes];
+  if (dtype == DType::kBFloat16) {
+    for (int lane = 0; lane < kLanes; ++lane) narrow[lane] = bfloat_from_float(value[lane]);
+  } else {
+    for (int lane = 0; lane < kLanes; ++lane) narrow[lane] = half_from_float(value[lane]);
+  }
+  std::uint16_t* to = static_cast<std::uint16_t*>(y) + offset;
+  if (num_lanes == kLanes) {
+    __builtin_memcpy(to, narrow, sizeof narrow);
+  } else {
+    for (int lane = 0; lane < num_lanes; ++lane) to[lane] = narrow[lane];
+  }
+}
+
+void finish(const FinishArgs& p) {
+  float half_scale[kLanes], bias[kLanes] = {};
+  std::int32_t correction[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) {
+    half_scale[lane] = p.row_scale[lane] * 0.5f;
+    correction[lane] = p.activation_offset * p.row_sum[lane];
+  }
+  if (p.bias != nullptr) widen_to_float(p.bias, p.dtype, p.num_lanes, bias);
+  for (std::int64_t token = 0; token < p.num_tokens; ++token) {
+    const std::int32_t* sums = p.sums + token * p.sum_stride;
+    const std::int32_t token_sum = p.half_offset * p.token_sum[token];
+    const float token_scale = p.token_scale[token];
+    float value[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) value[lane] = static_cast<float>(2 * (sums[lane] - correction[lane]) + token_sum);
+    if (p.num_planes == 2) {
+      const std::int32_t* low = sums + p.num_tokens * p.sum_stride;
+      const std::int32_t low_sum = p.half_offset * p.token_sum[p.token_stride + token];
+      for (int lane = 0; lane < kLanes; ++lane)
+        value[lane] = value[lane] * 256.0f + static_cast<float>(2 * (low[lane] - correction[lane]) + low_sum);
+    }
+    for (int lane = 0; lane < kLanes; ++lane) value[lane] = (value[lane] * half_scale[lane]) * token_scale;
+    if (p.bias != nullptr)
+      for (int lane = 0; lane < kLanes; ++lane) value[lane] += bias[lane];
+    store_lanes(value, p.dtype, p.num_lanes, p.y, token * p.y_stride);
+  }
+}
