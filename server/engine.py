@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM behind this project's routes: arguments, engine, app and life cycle. The only file of this package
+that imports vLLM.
+
+The app is vLLM's own OpenAI app with routes added to it, so that everything vLLM can do (chat, completions,
+streaming, tools, structured output, metrics) is there unchanged. Written for vLLM 0.24 to 0.33; where names
+moved in between, ``_PLACES`` lists them.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import importlib
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any
+
+import uvicorn
+import uvloop
+from pydantic import ValidationError
+
+from server.app import add_routes, add_state
+from server.errors import ServerError
+from server.model import read_config
+from server.settings import Settings
+
+_PLACES = {  # newest first: 0.33, 0.32, 0.24
+    "make_arg_parser": (
+        "entrypoints.common.cli_args",
+        "entrypoints.launchers.cli_args",
+        "entrypoints.openai.cli_args",
+    ),
+    "validate_parsed_serve_args": (
+        "entrypoints.common.cli_args",
+        "entrypoints.launchers.cli_args",
+        "entrypoints.openai.cli_args",
+    ),
+    "build_async_engine_client": ("entrypoints.launchers.api_server.entry", "entrypoints.openai.api_server"),
+    "build_app": ("entrypoints.launchers.app", "entrypoints.openai.api_server"),
+    "init_app_state": ("entrypoints.launchers.api_server.app_state", "entrypoints.openai.api_server"),
+    "ToolParserManager": ("tool_parsers", "entrypoints.openai.tool_parsers"),
+    "ReasoningParserManager": ("reasoning",),
+}
+_OPEN_FILES = 65535
+_ENGINE_CHECK_INTERVAL_S = 2.0
+
+
+def _from_vllm(name: str) -> Any:
+    """Return ``name`` from the first place that has it; raise the last ImportError or AttributeError if none
+    has.
+    """
+    failure: Exception = KeyError(name)
+    for place in _PLACES[name]:
+        try:
+            return getattr(importlib.import_module(f"vllm.{place}"), name)
+        except (ImportError, AttributeError) as error:
+            failure = error
+    raise failure
+
+
+def parse_arguments(model: str, settings: Settings, flags: Sequence[str]) -> argparse.Namespace:
+    """Return vLLM's arguments for ``model`` with ``flags`` of ``vllm serve``; an unknown flag ends the
+    process with usage and status 2.
+
+    Raises:
+        ServerError: the flags contradict each other, or ask for more than one API server in one process.
+    """
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = _from_vllm("make_arg_parser")(
+        FlexibleArgumentParser(prog="pvq serve", description="Flags of vLLM.")
+    )
+    args = parser.parse_args([model, *flags])
+    args.model = model
+    args.host, args.port = settings.host, settings.port
+    # The key must not come in by argv, where every user of the machine can read it.
+    args.api_key = (
+        [settings.api_key.get_secret_value()] if settings.api_key else getattr(args, "api_key", None)
+    )
+    for name, reason in (
+        ("uds", "a socket file"),
+        ("headless", "an engine without a server"),
+        ("grpc", "gRPC"),
+    ):
+        if getattr(args, name, None):
+            raise ServerError(
+                f"--{name} asks for {reason}, which pvq serve does not offer: use vLLM's own serve command"
+            )
+    if (getattr(args, "api_server_count", None) or 1) > 1:
+        raise ServerError(
+            "--api-server-count above 1 is not offered by pvq serve: use vLLM's own serve command"
+        )
+    try:
+        _from_vllm("validate_parsed_serve_args")(args)
+    except (TypeError, ValueError) as error:
+        raise ServerError(
+            f"the flags of vLLM cannot be used together ({_sentence(error)}): change them"
+        ) from None
+    return args
+
+
+def check_architecture(model: str) -> None:
+    """Raise ServerError if neither vLLM nor transformers knows the model type of the folder ``model``; pass a
+    name on the hub.
+    """
+    config = read_config(model)
+    if config is None:
+        return
+    import transformers
+    import vllm
+    from vllm.model_executor.models import ModelRegistry
+
+    names = config.get("architectures") or []
+    if (
+        set(names) & set(ModelRegistry.get_supported_archs())
+        or config["model_type"] in transformers.CONFIG_MAPPING
+    ):
+        return
+    raise ServerError(
+        f"{model}/config.json has the model type {config['model_type']!r} "
+        f"({', '.join(names) or 'no architecture'}), which neither vLLM "
+        f"{vllm.__version__} nor transformers {transformers.__version__} knows: give a model of "
+        "another type or upgrade them"
+    )
+
+
+def set_cpu_defaults(settings: Settings) -> None:
+    """On the CPU platform set the environment of vLLM that ``settings`` or this machine call for; variables
+    already set win.
+
+    VLLM_CPU_KVCACHE_SPACE: without it vLLM reserves nearly all memory; here a quarter of what is available,
+    from 1 to 8 GiB.
+    VLLM_CPU_OMP_THREADS_BIND: vLLM's own choice, one thread per core with one core left to the scheduler,
+    unless set.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    available_gib = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    cache_gib = settings.cpu_kv_cache_gib or min(8, max(1, int(available_gib / 4)))
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(cache_gib))
+    if settings.cpu_threads_bind:
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", settings.cpu_threads_bind)
+
+
+def _sentence(error: BaseException) -> str:
+    """Return what ``error`` says in one line of at most 300 characters."""
+    text = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+    text = " ".join(text.removeprefix("Value error, ").split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+@contextlib.asynccontextmanager
+async def _engine(args: argparse.Namespace) -> AsyncIterator[Any]:
+    """Start vLLM's engine; ServerError if it does not start."""
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            client = await stack.enter_async_context(_from_vllm("build_async_engine_client")(args))
+        except (ValueError, OSError, NotImplementedError) as error:
+            raise ServerError(
+                f"vLLM refuses {args.model} ({_sentence(error)}): change the flags or the model"
+            ) from error
+        except RuntimeError as error:
+            raise ServerError(
+                f"the engine did not start with {args.model} ({_sentence(error)}): the first error "
+                "above says why"
+            ) from error
+        yield client
+
+
+class _HTTPServer(uvicorn.Server):
+    """Uvicorn that leaves signals to ``_serve``: its own handlers would kill the process before the engine
+    has stopped.
+    """
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    def stop(self) -> None:
+        """Let running requests end; called again, drop them."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+
+async def _stop_when_dead(server: _HTTPServer, client: Any) -> None:
+    while not client.errored:
+        await asyncio.sleep(_ENGINE_CHECK_INTERVAL_S)
+    server.should_exit = True
+
+
+async def _serve(args: argparse.Namespace, settings: Settings, listener: socket.socket) -> int:
+    """Serve until a signal or the death of the engine; return the exit status."""
+    loop = asyncio.get_running_loop()
+    async with _engine(args) as client:
+        tasks = await client.get_supported_tasks()
+        app = _from_vllm("build_app")(args, tasks, client.model_config)
+        add_routes(app)
+        await _from_vllm("init_app_state")(client, app.state, args, tasks)
+        add_state(app, settings, [key for key in args.api_key or [os.environ.get("VLLM_API_KEY")] if key])
+        server = app.state.server = _HTTPServer(
+            uvicorn.Config(
+                app,
+                host=args.host,
+                port=args.port,
+                log_level=args.uvicorn_log_level,
+                access_log=not getattr(args, "disable_uvicorn_access_log", False),
+                timeout_graceful_shutdown=settings.drain_timeout_s,
+                ssl_keyfile=args.ssl_keyfile,
+                ssl_certfile=args.ssl_certfile,
+                ssl_ca_certs=args.ssl_ca_certs,
+                ssl_cert_reqs=args.ssl_cert_reqs,
+            )
+        )
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, server.stop)
+        watch = loop.create_task(_stop_when_dead(server, client))
+        try:
+            await server.serve(sockets=[listener])
+        finally:
+            watch.cancel()
+        return 1 if client.errored else 0
+
+
+def _interrupt(number: int, _frame: object) -> None:
+    raise SystemExit(128 + number)
+
+
+def run(model: str, settings: Settings, flags: Sequence[str], listener: socket.socket) -> int:
+    """Serve ``model`` on ``listener`` until SIGINT or SIGTERM and return the exit status: 0, or 1 if the
+    engine died.
+
+    Args:
+        model: a Hugging Face folder, or a name that vLLM can fetch.
+        flags: flags of ``vllm serve``, passed on as they are.
+        listener: bound, not yet listening; closed at the end.
+    Raises:
+        ServerError: vLLM does not know the model or refuses the flags.
+    """
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    signal.signal(signal.SIGTERM, _interrupt)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE,
+        (most if most != resource.RLIM_INFINITY and most < _OPEN_FILES else _OPEN_FILES, most),
+    )
+    with listener:
+        args = parse_arguments(model, settings, flags)
+        check_architecture(model)
+        set_cpu_defaults(settings)
+        for plugin, manager, method in (
+            ("tool_parser_plugin", "ToolParserManager", "import_tool_parser"),
+            ("reasoning_parser_plugin", "ReasoningParserManager", "import_reasoning_parser"),
+        ):
+            if getattr(args, plugin, None):
+                getattr(_from_vllm(manager), method)(getattr(args, plugin))
+        try:
+            return uvloop.run(_serve(args, settings, listener))
+        except KeyboardInterrupt:
+            print("pvq: stopped while the model was loading", file=sys.stderr)
+            return 130
