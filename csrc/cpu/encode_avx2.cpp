@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "encode_kernels.h"
+
+#ifdef __AVX2__
+namespace pvq::cpu {
+namespace {
+
+#include "encode_loops.h"
+
+}  // namespace
+
+const EncodeKernels* avx2_encode_kernels() { return &kEncodeTable; }
+
+}  // namespace pvq::cpu
+#else
+namespace pvq::cpu {
+const EncodeKernels* avx2_encode_kernels() { return nullptr; }
+}  // namespace pvq::cpu
+#endif
