@@ -12,8 +12,8 @@ from server.errors import ServerError
 
 CHECK_GROUP = "pvq.checkpoint_checks"
 """Group of entry points, functions of one folder, that run before the engine starts and raise for a folder
-that cannot be served. They let a quantization package look at its own checkpoints, which this package does not
-know.
+that cannot be served. They let a quantization package look at its own checkpoints, which this package
+does not know.
 """
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")

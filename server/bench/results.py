@@ -100,21 +100,13 @@ def load_label(load: float | None) -> str:
 
 def table(points: Sequence[LoadPoint], axis: str) -> Table:
     """Return ``points`` as a table for the terminal; ``axis`` says what the load is."""
-    titles = (
-        axis.replace("_", " "),
-        "done",
-        "failed",
-        "TTFT p50 / p99 ms",
-        "per token p50 / p99 ms",
-        "tokens/s",
-        "requests/s",
-    )
+    names = (axis.replace("_", "\n"), "done", "failed", "TTFT ms\np50 / p99", "per token ms\np50 / p99")
     result = Table(title="Load test")
-    for title in titles:
-        result.add_column(title, justify="right")
+    for name in (*names, "tokens/s", "requests/s"):
+        result.add_column(name, justify="right", no_wrap=True)
     for point in points:
         pairs = (
-            " / ".join("-" if times[kind] is None else f"{times[kind]:.1f}" for kind in ("p50", "p99"))
+            " / ".join("-" if times[kind] is None else f"{times[kind]:.0f}" for kind in ("p50", "p99"))
             for times in (point.ttft_ms, point.tpot_ms)
         )
         failed = f"[red]{point.failed}[/red]" if point.failed else "0"
