@@ -12,10 +12,10 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 
 from .errors import PVQError
+from .pyramid import index_bits
 from .safetensors_header import TensorInfo, read_safetensors_header
 
 FORMAT_VERSION = 1
@@ -27,16 +27,6 @@ CODEBOOK_NAMES = (*BYTES_PER_GROUP, "canonical")
 MAX_GROUP_SIZE, MAX_NUM_PULSES, MAX_AMPLITUDE_BITS = 1024, 4096, 16
 MAX_IN_FEATURES, MAX_OUT_FEATURES = 65_536, 1 << 24
 INDEX_FILE = "model.safetensors.index.json"
-
-
-@lru_cache(maxsize=256)
-def index_bits(group_size: int, num_pulses: int) -> int:
-    """Return I = ceil(log2 N(D, K)), from N(D, K) = sum over j of 2^j C(D, j) C(K-1, j-1): j coordinates are
-    not zero.
-    """
-    most = min(group_size, num_pulses)
-    size = sum(math.comb(group_size, j) * math.comb(num_pulses - 1, j - 1) << j for j in range(1, most + 1))
-    return (size - 1).bit_length()
 
 
 def _strict(mapping, where: str, required: set[str], optional: set[str] = frozenset()) -> Mapping:
@@ -79,7 +69,7 @@ class Codebook:
         if self.name == "canonical":
             _integer(self.group_size, "codebook group_size", 1, MAX_GROUP_SIZE)
             _integer(self.num_pulses, "codebook num_pulses", 1, MAX_NUM_PULSES)
-            _integer(self.amplitude_bits, "codebook amplitude_bits", 1, MAX_AMPLITUDE_BITS)
+            _integer(self.amplitude_bits, "codebook amplitude_bits", 0, MAX_AMPLITUDE_BITS)
         elif (self.group_size, self.num_pulses, self.amplitude_bits) != (None, None, None):
             raise PVQError(
                 f"codebook {self.name} takes no group_size, num_pulses or amplitude_bits: remove them"

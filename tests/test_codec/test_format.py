@@ -18,7 +18,6 @@ from pvq_vllm.codec.format import (
     ModuleSpec,
     check_checkpoint,
     expected_tensors,
-    index_bits,
 )
 from pvq_vllm.codec.safetensors_header import MAX_HEADER_BYTES, read_safetensors_header
 
@@ -96,9 +95,6 @@ def test_config_refuses_what_it_does_not_know_and_names_it(path, value, named):
 def test_codebook_shapes_and_rates():
     assert Codebook("pvq4").packed_shape(5, 48) == (5, 6, 4)
     assert Codebook("int8").packed_shape(5, 48) == (5, 6, 8)
-    assert index_bits(2, 7) == 5  # N(2, 7) = 28
-    assert index_bits(8, 8) == (157184 - 1).bit_length()
-    assert index_bits(1, 3) == 1
     # the paper's example: D = 16, K = 58 needs 64 bits; with 4 for the amplitude 3 groups take 204 bits
     assert Codebook("canonical", 16, 58, 4).packed_shape(3, 48) == (3, 26)
     assert Codebook("pvq4").bits_per_weight(1024) == 4 + 16 / 1024
@@ -182,10 +178,10 @@ def test_folder_level_errors_name_the_file(checkpoint, tmp_path):
         check_checkpoint(checkpoint(config=changed("format_version", 99)))
     shard = checkpoint() / "model-00002-of-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(PVQError, match="00002-of-00002.*truncated"):
+    with pytest.raises(PVQError, match=r"00002-of-00002.*truncated"):
         check_checkpoint(folder)
     shard.unlink()
-    with pytest.raises(PVQError, match="00002-of-00002.*missing"):
+    with pytest.raises(PVQError, match=r"00002-of-00002.*missing"):
         check_checkpoint(folder)
 
 
@@ -194,7 +190,7 @@ def test_the_index_cannot_name_files_outside_the_folder(checkpoint, shard):
     folder = checkpoint()
     index = {"weight_map": {"lm_head.weight": shard}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(PVQError, match="not a .safetensors file of the folder"):
+    with pytest.raises(PVQError, match=r"not a \.safetensors file of the folder"):
         check_checkpoint(folder)
 
 

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run a calibration text through the model with one decoder layer in memory at a time, and collect Hessians
+on the way.
+
+The hidden states of all sequences are kept; a layer is read from the shards, its inputs are collected, it is
+quantized, and the hidden states go on through the quantized layer, so that each layer is fitted to what the
+layers before it really produce.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pvq_vllm.codec.errors import PVQError
+
+from .hessian import HessianSum
+from .model_source import ModelSource
+
+BATCH_TOKENS = (
+    4096  # per forward pass: large enough for full speed, small against the weights of a large layer
+)
+
+
+def forward_dtype() -> torch.dtype:
+    """Return bfloat16 where the processor multiplies it natively (several times as fast), float32
+    elsewhere.
+    """
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
+def calibration_tokens(folder: Path, text_file: str | Path, sequences: int, length: int) -> torch.Tensor:
+    """Return int64 [sequences, length]: windows of the text, evenly spaced over it so that all of it is
+    represented.
+
+    Raises:
+        PVQError: the text is too short or not UTF-8, or the folder has no tokenizer.
+    """
+    ids = tokenize(folder, text_file)
+    if len(ids) < sequences * length:
+        raise PVQError(
+            f"{text_file} has {len(ids):,} tokens, fewer than {sequences} x {length}: use a longer "
+            "text, or lower "
+            "--calibration-sequences or --calibration-length"
+        )
+    spare = len(ids) - sequences * length
+    starts = [index * length + spare * index // max(1, sequences - 1) for index in range(sequences)]
+    return torch.stack([ids[start : start + length] for start in starts])
+
+
+def tokenize(folder: Path, text_file: str | Path) -> torch.Tensor:
+    """Return the token ids of the whole text, int64 [n], without special tokens.
+
+    Raises:
+        PVQError: the folder has no tokenizer that loads, or the file is not a UTF-8 text.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        text = Path(text_file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PVQError(f"{text_file} cannot be read as a UTF-8 text ({error}): name another file") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise PVQError(
+            f"{folder} has no tokenizer that transformers can load: copy tokenizer.json into it"
+        ) from error
+    return torch.tensor(
+        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64
+    )
+
+
+def text_digest(text_file: str | Path) -> str:
+    """Return the SHA-256 of the file, for the fingerprint of a run."""
+    return hashlib.sha256(Path(text_file).read_bytes()).hexdigest()
+
+
+class LayerwiseForward:
+    """The calibration batch on its way through the model: ``hidden`` is what the next layer gets, [batch,
+    length, hidden] each.
+    """
+
+    def __init__(
+        self, source: ModelSource, token_ids: torch.Tensor, dtype: torch.dtype | None = None
+    ) -> None:
+        self.source = source
+        self.dtype = dtype or forward_dtype()
+        self.hidden: list[torch.Tensor] = []
+        # Per batch size, what the model passes to each layer besides the hidden states: masks, rotary
+        # embeddings ...
+        self._arguments: dict[int, list[tuple[tuple, dict]]] = {}
+        batches = token_ids.split(max(1, BATCH_TOKENS // token_ids.shape[1]))
+        with self._outside_loaded(), torch.inference_mode():
+            for batch in batches:
+                recorded: list[tuple[tuple, dict]] = []
+                first = self._run_around_layers(recorded, None, input_ids=batch)
+                self._arguments.setdefault(len(batch), recorded)
+                self.hidden.append(first)
+
+    @contextmanager
+    def loaded(self, layer: int) -> Iterator[nn.Module]:
+        """Give decoder layer ``layer`` its weights from the shards, and take them away at the end."""
+        module = self.source.layers[layer]
+        self._materialize(module, f"{self.source.layers_name}.{layer}.")
+        try:
+            yield module
+        finally:
+            _dematerialize(module)
+
+    def collect(self, layer: int, names: list[str]) -> dict[str, HessianSum]:
+        """Run the loaded layer on every batch and return the Hessian sums of its linears ``names``, by full
+        name.
+
+        Linears that read the same tensor (q, k, v; gate, up) share one ``HessianSum`` object. A linear that
+        no token reached (an expert) is left out.
+        """
+        module = self.source.layers[layer]
+        prefix = f"{self.source.layers_name}.{layer}."
+        leader: dict[str, str] = {}
+        sums: dict[str, HessianSum] = {}
+        inputs: dict[
+            int, tuple[torch.Tensor, str]
+        ] = {}  # of one pass; the tensors are kept so that no id is used again
+
+        def hook(name: str) -> Callable:
+            def collect_input(_module: nn.Module, args: tuple) -> None:
+                x = args[0]
+                if name not in leader:
+                    leader[name] = inputs.get(id(x), (x, name))[1]
+                    inputs.setdefault(id(x), (x, name))
+                if leader[name] == name:
+                    if name not in sums:
+                        sums[name] = HessianSum(x.shape[-1])
+                    sums[name].add(x)
+
+            return collect_input
+
+        hooks = [
+            module.get_submodule(name.removeprefix(prefix)).register_forward_pre_hook(hook(name))
+            for name in names
+        ]
+        try:
+            for hidden in self.hidden:
+                self._run_layer(layer, hidden)
+                inputs.clear()
+        finally:
+            for handle in hooks:
+                handle.remove()
+        return {name: sums[leader[name]] for name in names if name in leader}
+
+    def advance(self, layer: int) -> None:
+        """Send the hidden states through the loaded layer, in place."""
+        for index, hidden in enumerate(self.hidden):
+            self.hidden[index] = self._run_layer(layer, hidden)
+
+    def collect_head(self) -> HessianSum:
+        """Return the Hessian sum of the head's input, once the hidden states have passed all layers."""
+        total = HessianSum(self.hidden[0].shape[-1])
+        with self._outside_loaded(), torch.inference_mode():
+            for hidden in self.hidden:
+                total.add(self._run_around_layers([], hidden, inputs_embeds=torch.zeros_like(hidden)))
+        return total
+
+    def _run_layer(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        args, kwargs = self._arguments[len(hidden)][layer]
+        with torch.inference_mode():
+            output = self.source.layers[layer](hidden, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def _run_around_layers(self, recorded: list, final: torch.Tensor | None, **inputs) -> torch.Tensor:
+        """Run the model with layers that compute nothing.
+
+        Appends to ``recorded`` what each layer is called with. Returns what the first layer gets or, given
+        ``final`` (the output of the last layer), what the model makes of it, the head's input.
+        """
+        layers = list(self.source.layers)
+        first: list[torch.Tensor] = []
+
+        def stand_in(*args, **kwargs) -> torch.Tensor:
+            args = list(args)
+            hidden = args.pop(0) if args else kwargs.pop("hidden_states")
+            first.append(hidden)
+            recorded.append((tuple(args), kwargs))
+            return final if final is not None and len(first) == len(layers) else hidden
+
+        for layer in layers:
+            layer.forward = stand_in  # on the instance: what the model reads off its layers stays there
+        try:
+            output = self.source.skeleton.base_model(**inputs, use_cache=False)
+        finally:
+            for layer in layers:
+                del layer.forward
+        return first[0] if final is None else output[0]
+
+    @contextmanager
+    def _outside_loaded(self) -> Iterator[None]:
+        """Load what lies around the layers (embedding, last norm), without the head."""
+        base = self.source.skeleton.base_model
+        base_name = next(name for name, module in self.source.skeleton.named_modules() if module is base)
+        self._materialize(base, f"{base_name}." if base_name else "", skip=f"{self.source.layers_name}.")
+        try:
+            yield
+        finally:
+            _dematerialize(base)
+
+    def _materialize(self, module: nn.Module, prefix: str, skip: str | None = None) -> None:
+        for name, parameter in list(module.named_parameters()):
+            if skip and (prefix + name).startswith(skip):
+                continue
+            tensor = self.source.read(prefix + name)
+            if tensor.shape != parameter.shape:
+                raise PVQError(
+                    f"{self.source.tensors[prefix + name].shard}: '{prefix + name}' is "
+                    f"{list(tensor.shape)}, but by "
+                    f"config.json it must be {list(parameter.shape)}: copy the folder again"
+                )
+            _set_parameter(module, name, tensor.to(self.dtype))
+        for name, buffer in module.named_buffers():
+            if prefix + name in self.source.tensors and not (skip and (prefix + name).startswith(skip)):
+                buffer.copy_(self.source.read(prefix + name))
+
+
+def _set_parameter(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+
+
+def _dematerialize(module: nn.Module) -> None:
+    for name, parameter in list(module.named_parameters()):
+        if not parameter.is_meta:
+            _set_parameter(module, name, parameter.to("meta"))

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands `pvq quantize`, `pvq inspect` and `pvq eval`: arguments in, functions of this package, tables
+out.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from pvq_vllm.codec.errors import PVQError
+
+# Heavy imports (torch, transformers) happen inside the commands, so that --help answers at once.
+
+
+def quantize(
+    model: Annotated[Path, typer.Argument(help="Local Hugging Face folder with safetensors.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; it is moved into place at the end.")],
+    bits: Annotated[str, typer.Option(help="Bits a weight of the linear layers: 2, 3, 4 or 8.")] = "4",
+    codebook: Annotated[
+        str, typer.Option(help="'serving' (as --bits says) or 'canonical' (with the next three options).")
+    ] = "serving",
+    group_size: Annotated[int | None, typer.Option(help="canonical: D, weights of a group.")] = None,
+    num_pulses: Annotated[int | None, typer.Option(help="canonical: K, pulses of a group.")] = None,
+    amplitude_bits: Annotated[
+        int | None, typer.Option(help="canonical: bits of a group's amplitude.")
+    ] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="REGEX=BITS",
+            help="Other rate for modules whose name matches: 2, 3, 4, 8, 16 (not quantized) or D,K,b. "
+            "Repeatable; the last one that matches counts.",
+        ),
+    ] = None,
+    lm_head: Annotated[int, typer.Option(help="Bits of the head: 16, 8 or 4.")] = 8,
+    embeddings: Annotated[int, typer.Option(help="Bits of the input embedding: 16 or 8.")] = 16,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text for error feedback; 'builtin' is the one that ships. Without it: rounding to nearest."
+        ),
+    ] = None,
+    calibration_sequences: Annotated[int, typer.Option(help="Sequences taken from the text.")] = 24,
+    calibration_length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 1024,
+    seed: Annotated[int, typer.Option(help="Seed of the rotation.")] = 0,
+    tensor_parallel: Annotated[
+        int,
+        typer.Option(
+            help="Largest tensor-parallel size to serve with: rotates o_proj and down_proj in so many blocks."
+        ),
+    ] = 1,
+    activation: Annotated[str, typer.Option(help="Activation mode to serve with: a8 or a16.")] = "a8",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an interrupted run; the result has the same bytes.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT, or an interrupted run.")
+    ] = False,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads (default: all cores this process may use).")
+    ] = None,
+) -> None:
+    """Quantize a model folder into a checkpoint that vLLM serves."""
+    import torch
+
+    from .evaluate import calibration_text
+    from .plan import Settings, codebook_from_text, parse_override
+    from .quantize_checkpoint import quantize_checkpoint
+
+    if threads is not None and threads < 1:
+        raise PVQError(f"--threads is {threads}, but must be at least 1")
+    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    if calibration is not None and str(calibration) == "builtin":
+        calibration = calibration_text()
+    canonical = (group_size, num_pulses, amplitude_bits)
+    if codebook == "canonical":
+        if None in canonical:
+            raise PVQError("--codebook canonical needs --group-size, --num-pulses and --amplitude-bits")
+        chosen = codebook_from_text(",".join(map(str, canonical)), "--codebook canonical")
+    elif codebook != "serving":
+        raise PVQError(f"--codebook is '{codebook}', but must be serving or canonical")
+    elif canonical != (None, None, None):
+        raise PVQError(
+            "--group-size, --num-pulses and --amplitude-bits belong to --codebook canonical: add it"
+        )
+    elif bits not in ("2", "3", "4", "8"):
+        raise PVQError(f"--bits is '{bits}', but must be 2, 3, 4 or 8")
+    else:
+        chosen = codebook_from_text(bits, "--bits")
+    settings = Settings(
+        codebook=chosen,
+        overrides=tuple(parse_override(text) for text in override or []),
+        lm_head_bits=lm_head,
+        embedding_bits=embeddings,
+        activation=activation,
+        seed=seed,
+        tensor_parallel=tensor_parallel,
+        calibration_text=None if calibration is None else str(calibration),
+        calibration_sequences=calibration_sequences,
+        calibration_length=calibration_length,
+    )
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("reading the model", total=None)
+
+        def show(name: str, weights: int) -> None:
+            bar.update(task, advance=weights, description=name.removeprefix("model."))
+
+        report = quantize_checkpoint(
+            model, out, settings, resume, overwrite, show, lambda weights: bar.update(task, total=weights)
+        )
+    console.print(
+        f"{out}: {report['bits_per_weight']:.3f} bits a weight, "
+        f"{report['size_bytes_quantized'] / 1e6:,.1f} MB "
+        f"(base {report['size_bytes_base'] / 1e6:,.1f} MB)"
+    )
+
+
+def inspect(
+    checkpoint: Annotated[Path, typer.Argument(help="PVQ checkpoint.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Verify a checkpoint and show codebook, bits and error of every layer."""
+    from .inspect import inspect_checkpoint
+
+    result = inspect_checkpoint(checkpoint)
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return
+    table = Table("module", "codebook", "shape", "rotation", "bits/weight", "weight SNR dB", "output SNR dB")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for module in result["modules"]:
+        table.add_row(
+            module["name"],
+            module["codebook"],
+            f"{module['out_features']} x {module['in_features']}",
+            f"{module['rotation_blocks']} block{'s' * (module['rotation_blocks'] != 1)}"
+            if module["rotation_blocks"]
+            else "none",
+            f"{module['bits_per_weight']:.3f}",
+            *(
+                "" if module[key] is None else f"{module[key]:.2f}"
+                for key in ("weight_snr_db", "output_snr_db")
+            ),
+        )
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{checkpoint}: verified; {result['bits_per_weight']:.3f} bits a weight over the rotated modules, "
+        f"{result['size_bytes'] / 1e6:,.1f} MB, activations {result['activation']}"
+    )
+
+
+def eval_(
+    model: Annotated[Path, typer.Argument(help="Model folder, quantized or not.")],
+    reference: Annotated[Path, typer.Option(help="The model to compare with: the unquantized base.")],
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 text (default: the evaluation text that ships).")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the result to this file as well.")
+    ] = None,
+    sequences: Annotated[int, typer.Option(help="Sequences, from the beginning of the text.")] = 10,
+    length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 1024,
+    dtype: Annotated[
+        str, typer.Option(help="auto, bfloat16 or float32: arithmetic of what is not quantized.")
+    ] = "auto",
+    threads: Annotated[
+        int | None, typer.Option(help="Threads (default: all cores this process may use).")
+    ] = None,
+) -> None:
+    """Measure perplexity, KL divergence and top-1 agreement against a reference model."""
+    import torch
+
+    from .evaluate import evaluate, evaluation_text
+
+    dtypes = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
+    if dtype not in dtypes:
+        raise PVQError(f"--dtype is '{dtype}', but must be one of {', '.join(dtypes)}")
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise PVQError(f"--json {json_file}: its folder does not exist, create it first")
+    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    console = Console(stderr=True)
+    columns = (
+        SpinnerColumn(),
+        TextColumn("sequence"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=sequences)
+        result = evaluate(
+            model,
+            reference,
+            text or evaluation_text(),
+            sequences,
+            length,
+            dtypes[dtype],
+            lambda done: bar.update(task, completed=done),
+        )
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=2) + "\n")
+    table = Table("", "value", "95% confidence")
+    for key in ("perplexity", "perplexity_reference", "kl_divergence", "top1_agreement"):
+        interval = result[f"{key}_ci95"]
+        table.add_row(
+            key, f"{result[key]:.4f}", "" if interval is None else f"{interval[0]:.4f} ... {interval[1]:.4f}"
+        )
+    Console().print(table)

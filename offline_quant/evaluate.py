@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`pvq eval`: how far a model is from its reference on a text, in perplexity, KL divergence and top-1
+agreement.
+
+Every sequence of the text is one sample. The means are taken over sequences of equal length, and their 95%
+confidence intervals come from Student's t over the sequences, because the tokens of one sequence are not
+independent:
+
+    kl_divergence  = mean over positions of sum_v p_ref(v) log(p_ref(v) / p(v))         (natural logarithm)
+    top1_agreement = share of positions where both models put the same token first
+    perplexity     = exp(mean negative log-likelihood of the next token)
+"""
+
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from pvq_vllm.codec.errors import PVQError
+from pvq_vllm.codec.format import check_checkpoint, read_json
+
+from .calibration import forward_dtype, tokenize
+from .model_source import ModelSource
+
+# 97.5% quantiles of Student's t for 1 ... 30 degrees of freedom.
+STUDENT_T = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+
+
+def evaluation_text() -> Path:
+    """Return the path of the evaluation text that ships with the project."""
+    return Path(__file__).parent / "data" / "evaluation.txt"
+
+
+def calibration_text() -> Path:
+    """Return the path of the calibration text that ships with the project."""
+    return Path(__file__).parent / "data" / "calibration.txt"
+
+
+def mean_and_interval(samples: list[float]) -> tuple[float, list[float] | None]:
+    """Return the mean and its 95% confidence interval [low, high]; None for a single sample."""
+    count = len(samples)
+    mean = sum(samples) / count
+    if count == 1:
+        return mean, None
+    deviation = math.sqrt(sum((sample - mean) ** 2 for sample in samples) / (count - 1))
+    quantile = STUDENT_T[count - 2] if count - 2 < len(STUDENT_T) else 1.96
+    half = quantile * deviation / math.sqrt(count)
+    return mean, [mean - half, mean + half]
+
+
+def compare_logits(
+    logits: torch.Tensor, reference: torch.Tensor, token_ids: torch.Tensor
+) -> dict[str, float]:
+    """Compare the logits of two models for one sequence.
+
+    Args:
+        logits, reference: [length, vocabulary], any float dtype.
+        token_ids: int64 [length].
+    Returns:
+        Means over the sequence: ``kl_divergence``, ``top1_agreement``, ``loss``, ``loss_reference``.
+    """
+    sums = dict.fromkeys(("kl_divergence", "top1_agreement", "loss", "loss_reference"), 0.0)
+    length = len(token_ids)
+    for start in range(
+        0, length, 128
+    ):  # a vocabulary of 150,000 in float32 for all positions would be 600 MB
+        rows = slice(start, min(start + 128, length))
+        log_p, log_r = logits[rows].float().log_softmax(-1), reference[rows].float().log_softmax(-1)
+        sums["kl_divergence"] += (log_r.exp() * (log_r - log_p)).sum(dtype=torch.float64).item()
+        sums["top1_agreement"] += (log_p.argmax(-1) == log_r.argmax(-1)).sum().item()
+        following = token_ids[start + 1 : rows.stop + 1, None]
+        sums["loss"] -= log_p[: len(following)].gather(1, following).sum(dtype=torch.float64).item()
+        sums["loss_reference"] -= log_r[: len(following)].gather(1, following).sum(dtype=torch.float64).item()
+    predicted = {"loss": length - 1, "loss_reference": length - 1}
+    return {key: value / predicted.get(key, length) for key, value in sums.items()}
+
+
+def load_model(folder: str | os.PathLike, dtype: torch.dtype) -> torch.nn.Module:
+    """Load a Hugging Face folder, quantized with PVQ or not, for inference.
+
+    Raises:
+        PVQError: the folder is missing, damaged, or of a model type that transformers does not know.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise PVQError(f"{folder} is not a folder: give the path of a local Hugging Face model")
+    if (
+        read_json(folder / "config.json", "model folder").get("quantization_config", {}).get("quant_method")
+        == "pvq"
+    ):
+        import pvq_vllm.hf_quantizer  # noqa: F401  registers the quantization method
+
+        check_checkpoint(folder)
+    else:
+        ModelSource.open(folder)
+    logging.disable_progress_bar()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+
+
+def evaluate(
+    model: str | os.PathLike,
+    reference: str | os.PathLike,
+    text_file: str | os.PathLike,
+    sequences: int = 10,
+    length: int = 1024,
+    dtype: torch.dtype | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> dict:
+    """Compare ``model`` with ``reference`` on the first ``sequences`` x ``length`` tokens of a text.
+
+    Returns:
+        ``perplexity``, ``perplexity_reference``, ``kl_divergence``, ``top1_agreement``, each also with
+        ``_ci95`` ([low, high], None for one sequence), ``sequences``, ``length``, ``dtype``.
+    Raises:
+        PVQError: a folder or the text cannot be used; the sentence names it.
+    """
+    if sequences < 1 or length < 2:
+        raise PVQError(f"--sequences {sequences} and --length {length} must be at least 1 and 2")
+    ids = tokenize(Path(reference), text_file)
+    if len(ids) < sequences * length:
+        raise PVQError(
+            f"{text_file} has {len(ids):,} tokens, fewer than {sequences} x {length}: use a longer "
+            "text, or lower "
+            "--sequences or --length"
+        )
+    dtype = dtype or forward_dtype()
+    models = [load_model(folder, dtype) for folder in (model, reference)]
+    samples = []
+    with torch.inference_mode():
+        for index, sequence in enumerate(ids[: sequences * length].split(length)):
+            logits, expected = (one(input_ids=sequence[None], use_cache=False).logits[0] for one in models)
+            if logits.shape != expected.shape:
+                raise PVQError(
+                    f"{model} and {reference} have different vocabularies: give the base of the "
+                    "quantized model"
+                )
+            samples.append(compare_logits(logits, expected, sequence))
+            progress(index + 1)
+    result: dict = {}
+    for key, source in (("perplexity", "loss"), ("perplexity_reference", "loss_reference")):
+        mean, interval = mean_and_interval([sample[source] for sample in samples])
+        result[key] = math.exp(mean)
+        result[f"{key}_ci95"] = None if interval is None else [math.exp(bound) for bound in interval]
+    for key in ("kl_divergence", "top1_agreement"):
+        result[key], result[f"{key}_ci95"] = mean_and_interval([sample[key] for sample in samples])
+    return {**result, "sequences": sequences, "length": length, "dtype": str(dtype).removeprefix("torch.")}

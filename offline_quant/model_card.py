@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README.md of a checkpoint: where it comes from, its licence, a table of facts and how to use it."""
+
+import re
+from pathlib import Path
+
+
+def model_card(base: Path, report: dict) -> str:
+    """Return the model card for a checkpoint made from the folder ``base``; ``report`` as
+    ``quantize_checkpoint`` returns it.
+
+    The licence lines of the base's own card are kept, since the checkpoint stays under that licence.
+    """
+    front = [
+        "---",
+        *_license_lines(base),
+        f"base_model: {report['base_model']}",
+        "library_name: vllm",
+        "tags: [pvq]",
+        "---",
+    ]
+    calibration = (
+        f"{report['calibration_tokens']:,} tokens"
+        if report["calibration_tokens"]
+        else "none (rounded to nearest)"
+    )
+    ratio = report["size_bytes_base"] / report["size_bytes_quantized"]
+    rows = [
+        ("Base model", report["base_model"]),
+        ("Codebook", report["codebook"]),
+        ("Bits per weight, layers", f"{report['bits_per_weight']:.3f}"),
+        (
+            "Bits per weight, head and embedding included where quantized",
+            f"{report['bits_per_weight_with_head']:.3f}",
+        ),
+        (
+            "Size",
+            f"{report['size_bytes_quantized'] / 1e6:,.1f} MB, the base {ratio:.2f} times as much",
+        ),
+        ("Activations", report["activation"]),
+        ("Calibration", calibration),
+    ]
+    table = ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)]
+    text = [
+        f"# {report['base_model']}, quantized with PVQ",
+        "",
+        "Pyramid vector quantization of the linear layers in rotated coordinates. The licence is that of",
+        "the base model; see the files LICENSE and NOTICE, where there are any.",
+        "",
+        *table,
+        "",
+        "Error of every layer: `report.json`, or `pvq inspect .`",
+        "",
+        "```console",
+        "pip install pvq-vllm[vllm]",
+        "vllm serve PATH_OF_THIS_FOLDER",
+        "```",
+        "",
+        "With transformers: `import pvq_vllm.hf_quantizer`, then `AutoModelForCausalLM.from_pretrained`.",
+    ]
+    return "\n".join([*front, *text]) + "\n"
+
+
+def _license_lines(base: Path) -> list[str]:
+    """Return the lines of the base card's front matter that state its licence."""
+    card = base / "README.md"
+    if not card.is_file():
+        return []
+    text = card.read_text(encoding="utf-8", errors="replace")
+    front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    if front is None:
+        return []
+    return [line for line in front.group(1).split("\n") if re.match(r"licen[sc]e(_name|_link)?:", line)]

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What to quantize how: the settings of a run, and the codebook and rotation that follow for every module."""
+
+import os
+import re
+from dataclasses import dataclass
+
+from pvq_vllm.codec.errors import PVQError
+from pvq_vllm.codec.format import ACTIVATIONS, CheckpointConfig, Codebook, ModuleSpec, expected_tensors
+from pvq_vllm.codec.rotation import rotation_layout
+
+from .model_source import ModelSource
+
+CODEBOOK_OF_BITS = {
+    "2": Codebook("pvq2"),
+    "3": Codebook("pvq3"),
+    "4": Codebook("pvq4"),
+    "8": Codebook("int8"),
+}
+UNQUANTIZED = "16"
+# Linears whose input is split between the ranks of tensor parallelism, by the last part of their name in
+# Hugging Face models.
+ROW_PARALLEL = (
+    "o_proj",
+    "down_proj",
+    "out_proj",
+    "dense",
+    "dense_4h_to_h",
+    "fc2",
+    "c_proj",
+    "wo",
+    "w2",
+    "fc_out",
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides the bytes of the checkpoint, besides the model.
+
+    ``overrides`` are (regular expression, value) pairs, searched in the module's name; the last one that
+    matches counts. ``lm_head_bits`` is 16, 8 or 4, ``embedding_bits`` 16 or 8. ``calibration_text`` is None
+    for rounding to nearest.
+    """
+
+    codebook: Codebook = CODEBOOK_OF_BITS["4"]
+    overrides: tuple[tuple[str, str], ...] = ()
+    lm_head_bits: int = 8
+    embedding_bits: int = 16
+    activation: str = "a8"
+    seed: int = 0
+    tensor_parallel: int = 1
+    calibration_text: str | None = None
+    calibration_sequences: int = 24
+    calibration_length: int = 1024
+    max_shard_bytes: int = 4_000_000_000
+
+    def __post_init__(self) -> None:
+        _one_of("--lm-head", self.lm_head_bits, (16, 8, 4))
+        _one_of("--embeddings", self.embedding_bits, (16, 8))
+        _one_of("--activation", self.activation, ACTIVATIONS)
+        for option, value in (
+            ("--tensor-parallel", self.tensor_parallel),
+            ("--calibration-sequences", self.calibration_sequences),
+            ("--calibration-length", self.calibration_length),
+        ):
+            if value < 1:
+                raise PVQError(f"{option} is {value}, but must be at least 1")
+        if not 0 <= self.seed < 2**64:
+            raise PVQError(f"--seed is {self.seed}, but must be from 0 to 2^64 - 1")
+        if self.calibration_text is not None and not os.path.isfile(self.calibration_text):
+            raise PVQError(f"--calibration {self.calibration_text}: there is no such file")
+
+
+def _one_of(option: str, value, allowed: tuple) -> None:
+    if value not in allowed:
+        raise PVQError(f"{option} is {value}, but must be one of {', '.join(map(str, allowed))}")
+
+
+def codebook_from_text(text: str, option: str) -> Codebook | None:
+    """Return the codebook that '2', '3', '4', '8' or 'D,K,b' (canonical) names; None for '16', not quantized.
+
+    Raises:
+        PVQError: anything else; the sentence names ``option``.
+    """
+    if text == UNQUANTIZED:
+        return None
+    if text in CODEBOOK_OF_BITS:
+        return CODEBOOK_OF_BITS[text]
+    try:
+        group_size, num_pulses, amplitude_bits = (int(part) for part in text.split(","))
+        return Codebook("canonical", group_size, num_pulses, amplitude_bits)
+    except ValueError as error:  # a PVQError is one too
+        reason = f" ({error})" if isinstance(error, PVQError) else ""
+        raise PVQError(
+            f"{option}: '{text}' must be 2, 3, 4, 8, 16 or D,K,b of the canonical codebook{reason}"
+        ) from error
+
+
+def parse_override(text: str) -> tuple[str, str]:
+    """Split 'REGEX=VALUE' at the last '=' and check both halves.
+
+    Raises:
+        PVQError: there is no '=', the expression does not compile or the value is unknown.
+    """
+    pattern, separator, value = text.rpartition("=")
+    if not separator or not pattern:
+        raise PVQError(f"--override '{text}' must look like 'REGEX=BITS', for example 'down_proj=3'")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise PVQError(f"--override '{text}': '{pattern}' is not a regular expression ({error})") from error
+    codebook_from_text(value, f"--override '{text}'")
+    return pattern, value
+
+
+def plan_checkpoint(source: ModelSource, settings: Settings) -> CheckpointConfig:
+    """Choose codebook and rotation for every module of the model; reads no weight.
+
+    Raises:
+        PVQError: an override matches nothing, a shape is wrong, or an input width has no rotation or no
+            groups; the sentence names the module and what to do.
+    """
+    chosen: dict[str, Codebook] = {}
+    matched: set[str] = set()
+    for layer in range(len(source.layers)):
+        for name in source.linear_names(layer):
+            codebook: Codebook | None = settings.codebook
+            for pattern, value in settings.overrides:
+                if re.search(pattern, name):
+                    matched.add(pattern)
+                    codebook = codebook_from_text(value, "--override")
+            if codebook is not None:
+                chosen[name] = codebook
+    for pattern, value in settings.overrides:
+        if pattern not in matched:
+            raise PVQError(
+                f"--override '{pattern}={value}' matches no linear module: try 'mlp.down_proj={value}'"
+            )
+    if settings.lm_head_bits < 16 and source.head_name is not None:
+        chosen[source.head_name] = CODEBOOK_OF_BITS[str(settings.lm_head_bits)]
+    if not chosen and settings.embedding_bits == 16:
+        raise PVQError(f"{source.folder}: nothing is left to quantize: check --override")
+
+    factors: dict[int, list[int]] = {}
+    modules: dict[str, ModuleSpec] = {}
+    for name, codebook in chosen.items():
+        out_features, in_features = source.weight_shape(name)
+        expected_tensors(name, codebook, out_features, in_features)
+        splits = settings.tensor_parallel if name.rpartition(".")[2] in ROW_PARALLEL else 1
+        try:
+            blocks, orders = rotation_layout(in_features, splits)
+        except PVQError as error:
+            raise PVQError(
+                f"{name}: {error}; or leave it unquantized with --override '{re.escape(name)}=16'"
+            ) from error
+        factors[in_features // blocks] = list(orders)
+        modules[name] = ModuleSpec(codebook, blocks)
+    if settings.embedding_bits < 16:
+        out_features, in_features = source.weight_shape(source.embedding_name)
+        codebook = CODEBOOK_OF_BITS[str(settings.embedding_bits)]
+        expected_tensors(source.embedding_name, codebook, out_features, in_features)
+        modules[source.embedding_name] = ModuleSpec(codebook, 0)
+    return CheckpointConfig(settings.activation, settings.codebook, settings.seed, factors, modules)
