@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A fake engine and an app with this project's routes: enough to test them without vLLM."""
+
+import asyncio
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from fastapi import FastAPI
+from starlette.testclient import TestClient
+
+from server.app import add_routes, add_state
+from server.settings import Settings
+
+
+class FakeEngine:
+    """Stands for vLLM's engine client. ``delay_s`` is how long its process takes to answer."""
+
+    def __init__(self, model: Path) -> None:
+        self.sleeping = self.paused = self.errored = False
+        self.delay_s = 0.0
+        self.vllm_config = SimpleNamespace(
+            model_config=SimpleNamespace(
+                model=str(model),
+                dtype="torch.bfloat16",
+                max_model_len=512,
+                quantization="pvq",
+                architectures=["LlamaForCausalLM"],
+            )
+        )
+
+    async def check_health(self) -> None:
+        if self.errored:
+            raise RuntimeError("dead")
+
+    async def is_sleeping(self) -> bool:
+        await asyncio.sleep(self.delay_s)
+        return self.sleeping
+
+    async def is_paused(self) -> bool:
+        return self.paused
+
+
+@pytest.fixture
+def model_folder(tmp_path) -> Path:
+    """Return a folder with a config.json that names a quantization with a long table, and one weight file of
+    1000 bytes.
+    """
+    modules = {f"model.layers.{index}.mlp.down_proj": {"rotation_blocks": 1} for index in range(40)}
+    quantization = {"quant_method": "pvq", "codebook": {"name": "pvq4"}, "modules": modules}
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "quantization_config": quantization,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes(bytes(1000))
+    return tmp_path
+
+
+@pytest.fixture
+def fake_engine(model_folder) -> FakeEngine:
+    return FakeEngine(model_folder)
+
+
+@pytest.fixture
+def app_client(fake_engine):
+    """Return a function: list of keys -> client of an app that had a /health of its own before the routes
+    were added.
+    """
+
+    def make(keys: list[str]) -> TestClient:
+        app = FastAPI()
+        app.get("/health")(lambda: "the old one")
+        add_routes(app)
+        app.state.engine_client = fake_engine
+        app.state.openai_serving_models = SimpleNamespace(base_model_paths=[SimpleNamespace(name="demo")])
+        add_state(app, Settings(health_timeout_s=0.2), keys)
+        return TestClient(app)
+
+    return make
+
+
+@pytest.fixture
+def run_pvq():
+    """Return a function: arguments -> finished process of the console script ``pvq``, output captured as
+    text.
+    """
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "pvq_vllm.cli", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+    return run
+
+
+@pytest.fixture
+def free_port() -> int:
+    """Return a TCP port of 127.0.0.1 that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
