@@ -9,14 +9,41 @@ inline float round_to_integer(float x) {
   return (x + kMagic) - kMagic;
 }
 
-// One dense factor along its index: out[r][j] = sum over c of H[r][c] in[c][j], j in [0, run), in order of c.
+template <int kChunk>
+struct ChunkOf {
+  typedef float Type __attribute__((vector_size(kChunk * sizeof(float)), aligned(4)));
+};
+
+// sum + x * h with h = +-1: the product is exact, so a fused multiply-add rounds as the addition alone does.
+template <int kChunk>
+inline typename ChunkOf<kChunk>::Type add_signed(typename ChunkOf<kChunk>::Type sum, typename ChunkOf<kChunk>::Type x, float h) {
+#ifdef __AVX512F__
+  if constexpr (kChunk == 16)
+    return (typename ChunkOf<kChunk>::Type)_mm512_fmadd_ps((__m512)x, _mm512_set1_ps(h), (__m512)sum);
+#endif
+  return sum + x * h;
+}
+
+// One dense factor along its index: out[r][j] = sum over c of H[r][c] in[c][j], j in [0, kChunk), in order of c. Four rows at a
+// time hide the latency of the additions.
 template <int kChunk>
 inline void dense_chunk(const float* in, float* out, std::int64_t run, int order, const float* matrix) {
-  typedef float Chunk __attribute__((vector_size(kChunk * sizeof(float)), aligned(4)));
-  for (int r = 0; r < order; ++r) {
-    Chunk sum = *reinterpret_cast<const Chunk*>(in) * matrix[r * order];
-    for (int c = 1; c < order; ++c) sum += *reinterpret_cast<const Chunk*>(in + c * run) * matrix[r * order + c];
-    *reinterpret_cast<Chunk*>(out + r * run) = sum;
+  using Chunk = typename ChunkOf<kChunk>::Type;
+  for (int r = 0; r < order; r += 4) {  // every dense order is a multiple of four
+    const float* row = matrix + r * order;
+    Chunk x = *reinterpret_cast<const Chunk*>(in);
+    Chunk sum0 = x * row[0], sum1 = x * row[order], sum2 = x * row[2 * order], sum3 = x * row[3 * order];
+    for (int c = 1; c < order; ++c) {
+      x = *reinterpret_cast<const Chunk*>(in + c * run);
+      sum0 = add_signed<kChunk>(sum0, x, row[c]);
+      sum1 = add_signed<kChunk>(sum1, x, row[order + c]);
+      sum2 = add_signed<kChunk>(sum2, x, row[2 * order + c]);
+      sum3 = add_signed<kChunk>(sum3, x, row[3 * order + c]);
+    }
+    *reinterpret_cast<Chunk*>(out + r * run) = sum0;
+    *reinterpret_cast<Chunk*>(out + (r + 1) * run) = sum1;
+    *reinterpret_cast<Chunk*>(out + (r + 2) * run) = sum2;
+    *reinterpret_cast<Chunk*>(out + (r + 3) * run) = sum3;
   }
 }
 
@@ -25,13 +52,22 @@ inline void dense_factor(const float* in, float* out, std::int64_t width, std::i
     std::int64_t j = 0;
     for (; j + 16 <= run; j += 16) dense_chunk<16>(in + base + j, out + base + j, run, order, matrix);
     for (; j + 4 <= run; j += 4) dense_chunk<4>(in + base + j, out + base + j, run, order, matrix);
-    for (; j < run; ++j)
-      for (int r = 0; r < order; ++r) {
-        float sum = in[base + j] * matrix[r * order];
-        for (int c = 1; c < order; ++c) sum += in[base + c * run + j] * matrix[r * order + c];
-        out[base + r * run + j] = sum;
-      }
+    for (; j < run; ++j) dense_chunk<1>(in + base + j, out + base + j, run, order, matrix);
   }
+}
+
+// [outer][order][run] -> [order][outer][run]
+inline void swap_axes(const float* in, float* out, std::int64_t outer, std::int64_t order, std::int64_t run) {
+  for (std::int64_t o = 0; o < outer; ++o)
+    for (std::int64_t c = 0; c < order; ++c) {
+      const float* from = in + (o * order + c) * run;
+      float* to = out + (c * outer + o) * run;
+      if (run == 4) {
+        __builtin_memcpy(to, from, 4 * sizeof(float));
+      } else {
+        for (std::int64_t j = 0; j < run; ++j) to[j] = from[j];
+      }
+    }
 }
 
 // The stages h < 16 stay in one vector: lane i becomes a + b or a - b with a, b the lanes whose bit h is clear and set.
@@ -72,6 +108,14 @@ void rotate(float* y, float* scratch, std::int64_t width, const RotationFactor* 
     run /= factors[f].order;
     if (factors[f].matrix == nullptr) {
       butterflies(from, width, factors[f].order);  // always the last factor: run is 1
+    } else if (run < 16 && width > run * factors[f].order) {  // short runs: bring the blocks side by side, and back
+      const std::int64_t order = factors[f].order, outer = width / (run * order);
+      swap_axes(from, to, outer, order, run);
+      dense_factor(to, from, width, outer * run, factors[f].order, factors[f].matrix);
+      swap_axes(from, to, order, outer, run);
+      float* swap = from;
+      from = to;
+      to = swap;
     } else {
       dense_factor(from, to, width, run, factors[f].order, factors[f].matrix);
       float* swap = from;
