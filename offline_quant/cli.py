@@ -171,7 +171,7 @@ def inspect(
     console = Console()
     console.print(table)
     console.print(
-        f"{checkpoint}: verified; {result['bits_per_weight']:.3f} bits a weight over the rotated modules, "
+        f"{checkpoint}: verified; {result['bits_per_weight']:.3f} bits a weight in the layers, "
         f"{result['size_bytes'] / 1e6:,.1f} MB, activations {result['activation']}"
     )
 

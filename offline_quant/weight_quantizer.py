@@ -228,10 +228,7 @@ def decode_levels(tensors: Mapping[str, torch.Tensor], codebook: Codebook, in_fe
             codebook.amplitude_bits,
             in_features,
         )
-    q = ops.decode_codes(tensors["weight_packed"], codebook.name)
-    if codebook.name == "int8" and (q == -128).any():
-        raise PVQError("a weight is -128, which int8 does not allow; the tensor is damaged")
-    return q
+    return ops.decode_codes(tensors["weight_packed"], codebook.name)
 
 
 def dequantize_rotated(

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layer-by-layer forward pass equals the model's own, shares Hessians and keeps one layer in memory."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from offline_quant import calibration
+from offline_quant.calibration import LayerwiseForward, calibration_tokens
+from offline_quant.evaluate import calibration_text
+from offline_quant.model_source import ModelSource
+from pvq_vllm.codec.errors import PVQError
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    monkeypatch.setattr(calibration, "BATCH_TOKENS", 128)  # five sequences of 64: batches of 2, 2 and 1
+
+
+def tokens_of(source: ModelSource) -> torch.Tensor:
+    return calibration_tokens(source.folder, calibration_text(), 5, 64)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_hidden_states_and_hessians_equal_those_of_the_whole_model(tiny_model_folder, name):
+    source = ModelSource.open(tiny_model_folder(name))
+    ids = tokens_of(source)
+    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
+    inputs: dict[str, torch.Tensor] = {}
+    for module_name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(
+                lambda _, args, key=module_name: inputs.__setitem__(key, args[0])
+            )
+    with torch.inference_mode():
+        model(ids)
+
+    forward = LayerwiseForward(source, ids, torch.float32)
+    assert [len(hidden) for hidden in forward.hidden] == [2, 2, 1]
+    for layer in range(2):
+        names = source.linear_names(layer)
+        with forward.loaded(layer):
+            sums = forward.collect(layer, names)
+            forward.advance(layer)
+        for linear, total in sums.items():
+            x = inputs[linear].flatten(0, 1)
+            assert total.num_tokens == 320
+            torch.testing.assert_close(total.mean(), x.T @ x / 320, rtol=1e-3, atol=1e-3)
+    head = inputs["lm_head"].flatten(0, 1)
+    torch.testing.assert_close(forward.collect_head().mean(), head.T @ head / 320, rtol=1e-3, atol=1e-3)
+
+
+def test_linears_that_read_the_same_tensor_share_one_hessian(tiny_llama):
+    source = ModelSource.open(tiny_llama)
+    forward = LayerwiseForward(source, tokens_of(source))
+    with forward.loaded(0):
+        sums = forward.collect(0, source.linear_names(0))
+    by_name = {name.rpartition(".")[2]: total for name, total in sums.items()}
+    assert by_name["q_proj"] is by_name["k_proj"] is by_name["v_proj"]
+    assert by_name["gate_proj"] is by_name["up_proj"]
+    assert len({id(total) for total in by_name.values()}) == 4
+
+
+def test_only_one_layer_has_weights_at_any_time(tiny_llama):
+    source = ModelSource.open(tiny_llama)
+
+    def real_parameters() -> set[str]:
+        return {name for name, parameter in source.skeleton.named_parameters() if not parameter.is_meta}
+
+    forward = LayerwiseForward(source, tokens_of(source))
+    assert real_parameters() == set()
+    for layer in range(2):
+        with forward.loaded(layer):
+            assert {name.split(".")[2] for name in real_parameters()} == {str(layer)}
+            forward.advance(layer)
+        assert real_parameters() == set()
+
+
+def test_windows_are_spread_over_the_whole_text(tiny_llama):
+    everything = calibration.tokenize(tiny_llama, calibration_text())
+    windows = calibration_tokens(tiny_llama, calibration_text(), 7, 100)
+    assert windows.shape == (7, 100)
+    assert torch.equal(windows[0], everything[:100]) and torch.equal(windows[-1], everything[-100:])
+    with pytest.raises(PVQError, match="fewer than 7000 x 1000"):
+        calibration_tokens(tiny_llama, calibration_text(), 7000, 1000)
+
+
+def test_a_text_that_is_no_text_is_refused(tiny_llama, tmp_path):
+    (tmp_path / "image.txt").write_bytes(b"\xff\xfe\x00\xd8")
+    with pytest.raises(PVQError, match=r"image\.txt cannot be read as a UTF-8 text"):
+        calibration_tokens(tiny_llama, tmp_path / "image.txt", 1, 1)

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands as a user types them: what they print, and one sentence for each mistake."""
+
+import json
+from importlib.metadata import EntryPoint
+
+import pytest
+
+from pvq_vllm import cli
+
+# As in pyproject.toml; stated here so that the tests run on a checkout that is not installed.
+COMMANDS = {"quantize": "quantize", "inspect": "inspect", "eval": "eval_"}
+
+
+def main(arguments: list[str]) -> int:
+    entries = {
+        name: EntryPoint(name, f"offline_quant.cli:{attr}", cli.COMMAND_GROUP)
+        for name, attr in COMMANDS.items()
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "commands", lambda: entries)
+        return cli.main(arguments)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_llama, tmp_path_factory):
+    out = tmp_path_factory.mktemp("cli") / "out"
+    assert (
+        main(
+            [
+                "quantize",
+                str(tiny_llama),
+                str(out),
+                "--bits",
+                "3",
+                "--override",
+                "down_proj=4",
+                "--lm-head",
+                "16",
+            ]
+        )
+        == 0
+    )
+    return out
+
+
+def test_inspect_prints_a_table_or_json(checkpoint, capsys):
+    assert main(["inspect", str(checkpoint)]) == 0
+    printed = capsys.readouterr().out
+    assert "pvq3" in printed and "pvq4" in printed and "verified" in printed
+    assert main(["inspect", str(checkpoint), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    codebooks = {module["name"]: module["codebook"] for module in result["modules"]}
+    assert codebooks["model.layers.1.mlp.down_proj"] == "pvq4" and "lm_head" not in codebooks
+
+
+def test_eval_writes_its_json(checkpoint, tiny_llama, tmp_path, capsys):
+    options = ["--sequences", "2", "--length", "32", "--json", str(tmp_path / "result.json")]
+    assert main(["eval", str(checkpoint), "--reference", str(tiny_llama), *options]) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert {"perplexity", "kl_divergence", "top1_agreement"} <= set(result)
+    assert all(len(result[f"{key}_ci95"]) == 2 for key in ("perplexity", "kl_divergence", "top1_agreement"))
+    assert "kl_divergence" in capsys.readouterr().out
+
+
+def test_canonical_codebook_from_the_command_line(tiny_llama, tmp_path, capsys):
+    options = ["--codebook", "canonical", "--group-size", "32", "--num-pulses", "40", "--amplitude-bits", "4"]
+    assert main(["quantize", str(tiny_llama), str(tmp_path / "out"), *options]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "out"), "--json"]) == 0
+    modules = json.loads(capsys.readouterr().out)["modules"]
+    assert {module["codebook"] for module in modules if module["name"] != "lm_head"} == {"canonical(32,40,4)"}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--bits", "5"], "--bits is '5'"),
+        (["--lm-head", "3"], "--lm-head is 3"),
+        (["--embeddings", "4"], "--embeddings is 4"),
+        (["--activation", "a4"], "--activation is a4"),
+        (["--override", "down_proj"], "--override 'down_proj' must look like"),
+        (["--override", "(=4"], "is not a regular expression"),
+        (["--override", "down_proj=5"], "'5' must be 2, 3, 4, 8, 16 or D,K,b"),
+        (["--override", "down_proj=8,0,3"], "num_pulses is 0"),
+        (["--override", "nothing=3"], "--override 'nothing=3' matches no linear module"),
+        (["--codebook", "grid"], "--codebook is 'grid'"),
+        (["--codebook", "canonical"], "needs --group-size, --num-pulses and --amplitude-bits"),
+        (["--group-size", "8"], "belong to --codebook canonical"),
+        (["--calibration", "nowhere.txt"], "--calibration nowhere.txt: there is no such file"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--tensor-parallel", "0"], "--tensor-parallel is 0"),
+        (["--tensor-parallel", "3"], "o_proj"),
+        (["--threads", "0"], "--threads is 0"),
+    ],
+)
+def test_each_mistake_is_one_sentence_and_nothing_is_written(tiny_llama, tmp_path, capsys, options, says):
+    assert main(["quantize", str(tiny_llama), str(tmp_path / "out"), *options]) == 2
+    printed = capsys.readouterr().err.strip().split("\n")[-1]
+    assert says in printed and "Traceback" not in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mistakes_of_the_other_commands(tiny_llama, tmp_path, capsys):
+    for arguments, says in (
+        (["inspect", str(tmp_path / "nowhere")], "nowhere is not a folder"),
+        (["inspect", str(tiny_llama)], "is not quantized, run `pvq quantize`"),
+        (["eval", str(tiny_llama), "--reference", str(tmp_path / "nowhere")], "nowhere"),
+        (["eval", str(tiny_llama), "--reference", str(tiny_llama), "--dtype", "int4"], "--dtype is 'int4'"),
+        (
+            ["eval", str(tiny_llama), "--reference", str(tiny_llama), "--json", "no/where.json"],
+            "--json no/where.json",
+        ),
+        (["quantize", str(tiny_llama), str(tmp_path / "a" / "b")], "does not exist: create it first"),
+    ):
+        assert main(arguments) == 2
+        assert says in capsys.readouterr().err.replace("\n", " ")

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The three numbers against their definitions, and their confidence intervals."""
+
+import math
+
+import pytest
+import torch
+
+from offline_quant.evaluate import compare_logits, evaluate, evaluation_text, mean_and_interval
+from offline_quant.plan import Settings, codebook_from_text
+from offline_quant.quantize_checkpoint import quantize_checkpoint
+from pvq_vllm.codec.errors import PVQError
+
+
+def test_comparison_of_logits_follows_the_definitions():
+    generator = torch.Generator().manual_seed(0)
+    logits, reference = torch.randn(2, 300, 50, generator=generator).unbind()
+    ids = torch.randint(50, (300,), generator=generator)
+    p, r = logits.softmax(-1), reference.softmax(-1)
+    result = compare_logits(logits, reference, ids)
+    assert result["kl_divergence"] == pytest.approx((r * (r / p).log()).sum(-1).mean().item(), rel=1e-5)
+    assert result["top1_agreement"] == pytest.approx((p.argmax(-1) == r.argmax(-1)).float().mean().item())
+    losses = (
+        torch.nn.functional.cross_entropy(logits[:-1], ids[1:]),
+        torch.nn.functional.cross_entropy(reference[:-1], ids[1:]),
+    )
+    assert result["loss"] == pytest.approx(losses[0].item(), rel=1e-5)
+    assert result["loss_reference"] == pytest.approx(losses[1].item(), rel=1e-5)
+    same = compare_logits(logits, logits, ids)
+    assert same["kl_divergence"] == 0 and same["top1_agreement"] == 1
+
+
+def test_interval_is_students_t():
+    mean, (low, high) = mean_and_interval([1.0, 2.0, 3.0, 4.0])
+    half = 3.182 * math.sqrt(5 / 3) / 2
+    assert (mean, low, high) == pytest.approx((2.5, 2.5 - half, 2.5 + half))
+    assert mean_and_interval([1.0]) == (1.0, None)
+    low, high = mean_and_interval([0.0, 1.0] * 50)[1]
+    assert high - low == pytest.approx(2 * 1.96 * math.sqrt(25 / 99) / 10)
+
+
+def test_a_quantized_model_is_near_its_base_and_nearer_with_more_bits(tiny_llama, tmp_path):
+    results = {}
+    for bits in ("2", "4", "8"):
+        quantize_checkpoint(
+            tiny_llama, tmp_path / bits, Settings(codebook=codebook_from_text(bits, "--bits"))
+        )
+        results[bits] = evaluate(tmp_path / bits, tiny_llama, evaluation_text(), 3, 64, torch.float32)
+    divergence = {bits: result["kl_divergence"] for bits, result in results.items()}
+    assert divergence["2"] > 4 * divergence["4"] > 16 * divergence["8"] > 0
+    assert results["8"]["top1_agreement"] > 0.95
+    low, high = results["4"]["kl_divergence_ci95"]
+    assert low < divergence["4"] < high
+    same = evaluate(tiny_llama, tiny_llama, evaluation_text(), 3, 64, torch.float32)
+    assert same["kl_divergence"] == 0 and same["perplexity"] == same["perplexity_reference"]
+
+
+def test_unusable_input_is_named(tiny_llama, tmp_path):
+    with pytest.raises(PVQError, match="fewer than 1000 x 1000"):
+        evaluate(tiny_llama, tiny_llama, evaluation_text(), 1000, 1000)
+    with pytest.raises(PVQError, match="nowhere"):
+        evaluate(tmp_path / "nowhere", tiny_llama, evaluation_text(), 1, 8)
+    with pytest.raises(PVQError, match=r"nothing\.txt"):
+        evaluate(tiny_llama, tiny_llama, tmp_path / "nothing.txt", 1, 8)
