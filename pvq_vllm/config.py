@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """``quantization_config`` of a PVQ checkpoint as vLLM wants to see it, and which layer gets which method.
 
-Works with vLLM 0.24 to 0.33, whose interfaces differ in the arguments they pass, see the ``**`` below. The activation
-mode of the checkpoint can be changed in two ways, both of which reach vLLM's compile cache through the model's
-configuration: ``--hf-overrides '{"quantization_config": {"activation": "a16"}}'``, or the environment variable
-PVQ_ACTIVATION.
+Works with vLLM 0.24 to 0.33, whose interfaces differ in the arguments they pass, see the ``**`` below. The
+activation mode of the checkpoint can be changed in two ways, both of which reach vLLM's compile cache through
+the model's configuration: the environment variable PVQ_ACTIVATION, or
+
+    --hf-overrides '{"quantization_config": {"activation": "a16"}}'
 """
 
 import os
@@ -65,8 +66,8 @@ class PVQConfig(QuantizationConfig):
     ) -> str | None:
         """Claim PVQ checkpoints and nothing else; apply PVQ_ACTIVATION.
 
-        The variable is written into the model's configuration, where vLLM's compile cache sees it; read any later, a
-        graph compiled for the other mode would be taken from the cache.
+        The variable is written into the model's configuration, where vLLM's compile cache sees it; read any
+        later, a graph compiled for the other mode would be taken from the cache.
         """
         if not isinstance(hf_quant_cfg, dict) or hf_quant_cfg.get("quant_method") != QUANT_METHOD:
             return None
@@ -78,7 +79,7 @@ class PVQConfig(QuantizationConfig):
         return QUANT_METHOD
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, **_) -> None:
-        """Check the whole folder, if it is one, before anything is allocated; see ``codec.format.check_checkpoint``.
+        """Check the whole folder, if it is one, before anything is allocated (``check_checkpoint``).
 
         Raises:
             PVQError: a missing, truncated or wrong shard, or tied embeddings that cannot be tied.
@@ -91,12 +92,12 @@ class PVQConfig(QuantizationConfig):
             for name in self.checkpoint.modules:
                 if name.rpartition(".")[2] in ("lm_head", *_EMBEDDING_NAMES):
                     raise PVQError(
-                        f"{name} is quantized, so tie_word_embeddings must be false in {folder / 'config.json'}: "
-                        "quantize the model again"
+                        f"{name} is quantized, so {folder / 'config.json'} must say "
+                        "tie_word_embeddings: false; quantize the model again"
                     )
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
-        """Rename the modules as the model renames its weights (multimodal models put a prefix before the names)."""
+        """Rename the modules as the model renames its weights; multimodal models put a prefix before them."""
         if hasattr(hf_to_vllm_mapper, "get_rename_mapper"):
             hf_to_vllm_mapper = hf_to_vllm_mapper.get_rename_mapper()
         suffix = ".weight_packed"  # mappers may match "lm_head." with its dot
@@ -131,7 +132,7 @@ class PVQConfig(QuantizationConfig):
         if isinstance(layer, ParallelLMHead):
             return PVQLinearMethod(self.checkpoint, [prefix]) if prefix in modules else None
         if isinstance(layer, VocabParallelEmbedding):
-            name = prefix or self._only_embedding()  # some models, such as Llama, give their embedding no prefix
+            name = prefix or self._only_embedding()  # Llama, for one, gives its embedding no prefix
             return PVQEmbeddingMethod(self.checkpoint, name) if name in modules else None
         if isinstance(layer, LinearBase):
             names = self.fused_modules(prefix)
@@ -141,7 +142,8 @@ class PVQConfig(QuantizationConfig):
             if listed != names:
                 missing = next(name for name in names if name not in modules)
                 raise PVQError(
-                    f"{listed[0]} is quantized but {missing} is not, and vLLM fuses them: quantize both, at any rates"
+                    f"{listed[0]} is quantized but {missing} is not, and vLLM fuses them: "
+                    "quantize both, at any rates"
                 )
             return PVQLinearMethod(self.checkpoint, names)
         if _MIXTURE_OF_EXPERTS & {base.__name__ for base in type(layer).__mro__}:
@@ -159,7 +161,7 @@ class PVQConfig(QuantizationConfig):
 
 
 def activation_from_environment() -> str | None:
-    """Return PVQ_ACTIVATION, None if it is not set; PVQError if it is not a mode of docs/format.md section 6."""
+    """Return PVQ_ACTIVATION, None if it is not set; PVQError if it is no mode of docs/format.md section 6."""
     activation = os.environ.get("PVQ_ACTIVATION")
     if activation and activation not in ACTIVATIONS:
         raise PVQError(f"PVQ_ACTIVATION is {activation!r}, but must be one of {', '.join(ACTIVATIONS)}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An embedding of eight bits a weight: rows of int8 times one float16 scale, gathered and widened on the fly."""
+"""An embedding of eight bits a weight: rows of int8 times one float16 scale, widened when looked up."""
 
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
@@ -25,8 +25,8 @@ class PVQEmbeddingMethod(QuantizeMethodBase):
         spec = config.modules[name]
         if spec.codebook.name != "int8" or spec.rotation_blocks:
             raise PVQError(
-                f"{name} is an embedding with codebook {spec.codebook} and rotation_blocks {spec.rotation_blocks}, but only "
-                "int8 with 0 is supported: quantize the model again"
+                f"{name} is an embedding with codebook {spec.codebook} and rotation_blocks "
+                f"{spec.rotation_blocks}, but only int8 with 0 is supported: quantize the model again"
             )
 
     def create_weights(
@@ -57,17 +57,22 @@ class PVQEmbeddingMethod(QuantizeMethodBase):
             fill_with_dummy_codes(weights, layer.weight_packed, layer.weight_scale)
         q = weights.codes(layer.weight_packed, 0)
         if q.numel() and int(q.min()) == -128:
-            raise PVQError(f"{self.name}.weight_packed holds the code -128, which int8 does not allow: quantize it again")
+            raise PVQError(
+                f"{self.name}.weight_packed holds the code -128, which int8 does not allow: quantize it again"
+            )
         layer.pvq_weight = torch.nn.Parameter(q, requires_grad=False)
         layer.pvq_row_scale = torch.nn.Parameter(layer.weight_scale.detach(), requires_grad=False)
         del layer.weight_packed, layer.weight_scale
 
     def embedding(self, layer: torch.nn.Module, input_: torch.Tensor) -> torch.Tensor:
-        """Return the rows of the ids ``input_`` (int64 [...]) as [..., embedding_dim], rounded once (format.md 7)."""
+        """Return the rows of the ids ``input_``, int64 [...], as [..., embedding_dim], rounded once."""
         rows = layer.pvq_weight[input_].float() * layer.pvq_row_scale[input_].float().unsqueeze(-1)
         return rows.to(layer.pvq_dtype)
 
-    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
         raise PVQError(
-            f"{self.name} is quantized and cannot serve as lm_head: set tie_word_embeddings to false in config.json"
+            f"{self.name} is quantized and cannot serve as lm_head: config.json must say "
+            "tie_word_embeddings: false; quantize the model again"
         )

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PVQ checkpoints in plain transformers: ``import pvq_vllm.hf_quantizer``, then ``AutoModelForCausalLM.from_pretrained(OUT)``.
+"""PVQ checkpoints in plain transformers: ``import pvq_vllm.hf_quantizer``, then
+``AutoModelForCausalLM.from_pretrained(OUT)``.
 
-Importing this module registers the quantization method "pvq" with transformers (5.x). The layers that the checkpoint
-lists are replaced by modules that hold the packed bytes and compute with the same operator as the vLLM plugin, so both
-give the same numbers wherever the activations are the same. For inference only. To run in another activation mode than the
-checkpoint's, load the config first, change ``config.quantization_config["activation"]`` and pass it as ``config=``.
+Importing this module registers the quantization method "pvq" with transformers (5.x). The layers that the
+checkpoint lists are replaced by modules that hold the packed bytes and compute with the same operator as the
+vLLM plugin, so both give the same numbers wherever the activations are the same. For inference only. To run
+in another activation mode than the checkpoint's, load the config first, change
+``config.quantization_config["activation"]`` and pass it as ``config=``.
 """
 
 from pathlib import Path
@@ -22,7 +24,7 @@ from pvq_vllm.parameter import canonical_to_int8
 
 
 class _PackedModule(nn.Module):
-    """Holds a module's checkpoint tensors, under their names, until ``pack`` replaces them by what is computed with."""
+    """Holds a module's checkpoint tensors, under their names, until ``pack`` turns them into the kernel's."""
 
     def __init__(self, name: str, spec: ModuleSpec, out_features: int, in_features: int):
         super().__init__()
@@ -36,10 +38,12 @@ class _PackedModule(nn.Module):
             self.register_buffer("weight_levels", levels)
 
     def _take_loaded(self) -> tuple[torch.Tensor, str, torch.Tensor]:
-        """Return codes or q, name of the codebook they are held in, and scale; forget the checkpoint tensors."""
+        """Return codes or q, the codebook that they are held in, and the scale; forget the loaded tensors."""
         codebook, scale = self.spec.codebook, self.weight_scale
         if not bool((torch.isfinite(scale) & (scale >= 0)).all()):
-            raise PVQError(f"{self.name}.weight_scale has a value that is negative or not finite: quantize it again")
+            raise PVQError(
+                f"{self.name}.weight_scale has a value that is negative or not finite: quantize it again"
+            )
         codes = self.weight_packed
         if codebook.name == "canonical":
             codes = canonical_to_int8(self.name, codebook, codes, self.weight_levels, self.in_features)
@@ -51,8 +55,8 @@ class _PackedModule(nn.Module):
         return codes, "int8" if codebook.name == "canonical" else codebook.name, scale
 
     def _apply(self, fn, recurse: bool = True):
-        """Move to another device, but let ``model.to(dtype)`` not touch the scales: they are part of the format."""
-        scales = {name: buffer for name, buffer in self._buffers.items() if name.endswith(("scale", "levels"))}
+        """Move to another device, but do not let ``model.to(dtype)`` change the scales."""
+        scales = {name: data for name, data in self._buffers.items() if name.endswith(("scale", "levels"))}
         super()._apply(fn, recurse)
         for name, before in scales.items():
             if (after := self._buffers[name]).dtype != before.dtype:
@@ -71,12 +75,20 @@ class PVQLinear(_PackedModule):
     """
 
     def __init__(
-        self, name: str, config: CheckpointConfig, out_features: int, in_features: int, bias: bool, dtype: torch.dtype
+        self,
+        name: str,
+        config: CheckpointConfig,
+        out_features: int,
+        in_features: int,
+        bias: bool,
+        dtype: torch.dtype,
     ):
         spec = config.modules[name]
         super().__init__(name, spec, out_features, in_features)
         self.config = config
-        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
+        self.bias = (
+            nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
+        )
         self.plan: str | None = None
 
     def pack(self) -> None:
@@ -86,20 +98,20 @@ class PVQLinear(_PackedModule):
             PVQError: a scale is not finite or a code out of range.
         """
         codes, codebook, scale = self._take_loaded()
-        try:
-            packed = ops.pack_linear([(codes, codebook)], scale)
-        except PVQError as error:
-            raise PVQError(f"{self.name}: {error}") from error
         blocks = self.spec.rotation_blocks
-        self.plan = ops.make_plan(
-            segments=[(codebook, self.out_features)],
-            in_features=self.in_features,
+        plan = ops.make_plan(
+            [(codebook, self.out_features)],
+            self.in_features,
             seed=self.config.rotation_seed,
-            offset=0,
-            blocks=blocks,
-            factors=self.config.rotation_factors[self.in_features // blocks] if blocks else [],
+            rotation_blocks=blocks,
+            factors=self.config.rotation_factors[self.in_features // blocks] if blocks else None,
             activation=self.config.activation,
         )
+        try:
+            packed = ops.pack_linear([codes], scale, plan)
+        except PVQError as error:
+            raise PVQError(f"{self.name}: {error}") from error
+        self.plan = plan
         for buffer, tensor in zip(("pvq_weight", "pvq_row_scale", "pvq_row_sum"), packed, strict=True):
             self.register_buffer(buffer, tensor)
 
@@ -107,19 +119,26 @@ class PVQLinear(_PackedModule):
         """``x`` [..., in_features] float32, float16 or bfloat16 -> [..., out_features], same dtype."""
         if self.plan is None:
             self.pack()
-        return ops.linear(x, self.pvq_weight, self.pvq_row_scale, self.pvq_row_sum, self.bias, self.plan)
+        packed = ops.PackedLinear(self.pvq_weight, self.pvq_row_scale, self.pvq_row_sum)
+        return ops.linear(x, packed, self.bias, self.out_features, self.plan)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, codebook={self.spec.codebook}"
+        return (
+            f"{self.in_features} to {self.out_features}, {self.spec.codebook}, bias={self.bias is not None}"
+        )
 
 
 class PVQEmbedding(_PackedModule):
     """Embedding of codebook int8; returns rows of ``dtype``."""
 
-    def __init__(self, name: str, config: CheckpointConfig, num_embeddings: int, embedding_dim: int, dtype: torch.dtype):
+    def __init__(
+        self, name: str, config: CheckpointConfig, num_embeddings: int, embedding_dim: int, dtype: torch.dtype
+    ):
         spec = config.modules[name]
         if spec.codebook.name != "int8" or spec.rotation_blocks:
-            raise PVQError(f"{name} is an embedding and must have codebook int8 and rotation_blocks 0: quantize it again")
+            raise PVQError(
+                f"{name} is an embedding and must have codebook int8 and rotation_blocks 0: quantize it again"
+            )
         super().__init__(name, spec, num_embeddings, embedding_dim)
         self.dtype = dtype
         self.packed = False
@@ -128,7 +147,9 @@ class PVQEmbedding(_PackedModule):
         """Keep the loaded bytes as int8 [num_embeddings, embedding_dim]; PVQError when one is -128."""
         q, _, scale = self._take_loaded()
         if q.numel() and int(q.min()) == -128:
-            raise PVQError(f"{self.name}.weight_packed holds the code -128, which int8 does not allow: quantize it again")
+            raise PVQError(
+                f"{self.name}.weight_packed holds the code -128, which int8 does not allow: quantize it again"
+            )
         self.register_buffer("pvq_weight", q)
         self.register_buffer("pvq_row_scale", scale)
         self.packed = True
@@ -177,7 +198,9 @@ class PVQHfQuantizer(HfQuantizer):
             elif name.startswith(base) and name.removeprefix(base) in found:
                 names[name] = name.removeprefix(base)
             elif name != "lm_head":
-                raise PVQError(f"config.json lists '{name}' as quantized, but {type(model).__name__} has no such module")
+                raise PVQError(
+                    f"config.json lists '{name}' as quantized, but {type(model).__name__} has no such module"
+                )
         shapes = {name: tuple(found[here].weight.shape) for name, here in names.items()}
         if checkpoint_files:
             check_checkpoint(Path(checkpoint_files[0]).parent, shapes)
@@ -189,12 +212,16 @@ class PVQHfQuantizer(HfQuantizer):
                 elif isinstance(old, nn.Linear):
                     new = PVQLinear(name, config, rows, columns, old.bias is not None, old.weight.dtype)
                 else:
-                    raise PVQError(f"{name} is a {type(old).__name__}; only linear layers and embeddings can be quantized")
+                    raise PVQError(
+                        f"{name} is a {type(old).__name__}, but only linear layers and embeddings can be "
+                        "quantized: quantize the model again"
+                    )
             model.set_submodule(here, new)
 
     def _process_model_after_weight_loading(self, model, **_):
         for module in model.modules():
-            if isinstance(module, _PackedModule) and not module.weight_packed.is_meta:  # else offloaded: packed when used
+            # Where accelerate has offloaded a module, it is packed when it is first used.
+            if isinstance(module, _PackedModule) and not module.weight_packed.is_meta:
                 module.pack()
         return model
 

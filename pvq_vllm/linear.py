@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A vLLM linear layer whose weight stays packed: create, load, pack, apply.
 
-Loading fills the flat buffer of ``parameter.LayerWeights`` with the checkpoint's bytes; after loading they are packed
-once into the kernel's layout and the loaded bytes are freed, so that neither a dense weight nor a second packed copy
-stays. ``apply`` is one operator, ``torch.ops.pvq.linear``, which rotates and quantizes the activation, multiplies and
-adds the bias (docs/format.md sections 5 to 7). Everything the operator has to know besides the tensors is one string,
-the plan, made when the weight is packed.
+Loading fills the flat buffer of ``parameter.LayerWeights`` with the checkpoint's bytes; after loading they
+are packed once into the kernel's layout and the loaded bytes are freed, so that neither a dense weight nor a
+second packed copy stays. ``apply`` is one operator, ``torch.ops.pvq.linear``, which rotates and quantizes the
+activation, multiplies and adds the bias (docs/format.md sections 5 to 7). Everything the operator has to know
+besides the tensors is one string, the plan, made when the weight is packed.
 """
 
 import torch
@@ -35,8 +35,9 @@ class PVQLinearMethod(LinearMethodBase):
         for name in names:
             if config.modules[name].rotation_blocks != self.rotation_blocks:
                 raise PVQError(
-                    f"{names[0]} and {name} read the same activation but have rotation_blocks {self.rotation_blocks} "
-                    f"and {config.modules[name].rotation_blocks}: quantize the model again"
+                    f"{names[0]} and {name} read the same activation but have rotation_blocks "
+                    f"{self.rotation_blocks} and {config.modules[name].rotation_blocks}: "
+                    "quantize the model again"
                 )
 
     def create_weights(
@@ -49,7 +50,7 @@ class PVQLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs,
     ) -> None:
-        """Allocate the buffers that the checkpoint is loaded into. ``params_dtype`` plays no part: any input does.
+        """Allocate the buffers that the checkpoint is loaded into; ``params_dtype`` plays no part.
 
         Raises:
             PVQError: this number of ranks would cut through a rotation block or a group of eight columns.
@@ -57,8 +58,8 @@ class PVQLinearMethod(LinearMethodBase):
         ranks = input_size // input_size_per_partition
         if self.rotation_blocks % ranks:
             raise PVQError(
-                f"{self.names[0]} is rotated in {self.rotation_blocks} block(s), which {ranks} tensor-parallel ranks "
-                f"cannot share: quantize the model again with --tensor-parallel {ranks}"
+                f"{self.names[0]} is rotated in {self.rotation_blocks} block(s), which {ranks} "
+                f"tensor-parallel ranks cannot share: quantize the model again with --tensor-parallel {ranks}"
             )
         rank = layer.tp_rank if ranks > 1 else 0
         layer.pvq_weights = LayerWeights(
@@ -81,39 +82,47 @@ class PVQLinearMethod(LinearMethodBase):
         weights: LayerWeights = layer.pvq_weights
         if not weights.check_complete(layer.weight_scale):
             fill_with_dummy_codes(weights, layer.weight_packed, layer.weight_scale)
-        codebooks = [shard.memory_codebook for shard in weights.shards]
-        segments = [(weights.codes(layer.weight_packed, index), name) for index, name in enumerate(codebooks)]
-        try:
-            packed = ops.pack_linear(segments, layer.weight_scale.detach())
-        except PVQError as error:
-            raise PVQError(f"{', '.join(self.names)}: {error}") from error
         width = weights.source_in_features // (self.rotation_blocks or 1)
+        layer.pvq_out_features = weights.out_features
         layer.pvq_plan = ops.make_plan(
-            segments=[(name, shard.num_rows) for name, shard in zip(codebooks, weights.shards, strict=True)],
-            in_features=weights.in_features,
+            [(shard.memory_codebook, shard.num_rows) for shard in weights.shards],
+            weights.in_features,
             seed=self.config.rotation_seed,
-            offset=weights.source_column,
-            blocks=layer.pvq_blocks,
-            factors=self.config.rotation_factors[width] if self.rotation_blocks else [],
+            first_column=weights.source_column,
+            rotation_blocks=layer.pvq_blocks,
+            factors=self.config.rotation_factors[width] if self.rotation_blocks else None,
             activation=self.config.activation,
         )
-        del segments
+        codes = [weights.codes(layer.weight_packed, index) for index in range(len(weights.shards))]
+        try:
+            packed = ops.pack_linear(codes, layer.weight_scale.detach(), layer.pvq_plan)
+        except PVQError as error:
+            raise PVQError(f"{', '.join(self.names)}: {error}") from error
+        del codes
         for kind in ("weight_packed", "weight_scale", "weight_levels"):
             layer.register_parameter(kind, None)
             delattr(layer, kind)
         for name, tensor in zip(("pvq_weight", "pvq_row_scale", "pvq_row_sum"), packed, strict=True):
             layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
 
-    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return x W^T + bias, [..., out_features on this rank], dtype of ``x``."""
         return torch.ops.pvq.linear(
-            x, layer.pvq_weight, layer.pvq_row_scale, layer.pvq_row_sum, bias, layer.pvq_plan
+            x,
+            layer.pvq_weight,
+            layer.pvq_row_scale,
+            layer.pvq_row_sum,
+            bias,
+            layer.pvq_out_features,
+            layer.pvq_plan,
         )
 
     def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> torch.nn.Module:
         raise PVQError(
-            f"{self.names[0]} is quantized and cannot share the embedding's weight: set tie_word_embeddings to false in "
-            "config.json, or quantize the model again"
+            f"{self.names[0]} is quantized and cannot share the embedding's weight: config.json must say "
+            "tie_word_embeddings: false; quantize the model again"
         )
 
 
@@ -133,8 +142,8 @@ def layer_shards(
 ) -> list[Shard]:
     """Describe the rows of each part of ``layer`` on this rank.
 
-    Reads ``tp_rank``, ``tp_size`` and ``num_kv_head_replicas`` (QKV) or ``shard_indices`` (vocabulary) of the layer, in the
-    meaning they have in vLLM 0.24 to 0.33.
+    Reads ``tp_rank``, ``tp_size`` and ``num_kv_head_replicas`` (QKV) or ``shard_indices`` (vocabulary) of the
+    layer, in the meaning they have in vLLM 0.24 to 0.33.
 
     Raises:
         PVQError: the number of parts does not fit the checkpoint.
@@ -143,28 +152,35 @@ def layer_shards(
         names = names * len(output_partition_sizes)
     if len(names) != len(output_partition_sizes):
         raise PVQError(
-            f"{', '.join(names)}: vLLM fuses {len(output_partition_sizes)} modules here, the checkpoint has {len(names)}"
+            f"{', '.join(names)}: vLLM fuses {len(output_partition_sizes)} modules here, the checkpoint has "
+            f"{len(names)}; this model is not supported"
         )
     codebooks = [config.modules[name].codebook for name in names]
     if (vocabulary := getattr(layer, "shard_indices", None)) is not None:
         start = vocabulary.org_vocab_start_index
         loaded_rows = vocabulary.org_vocab_end_index - start
-        return [Shard(names[0], codebooks[0], output_partition_sizes[0], layer.org_vocab_size, start, loaded_rows)]
+        return [
+            Shard(names[0], codebooks[0], output_partition_sizes[0], layer.org_vocab_size, start, loaded_rows)
+        ]
     ranks = output_size // sum(output_partition_sizes)  # 1 where the output is not split
     rank = layer.tp_rank if ranks > 1 else 0
     shards = []
-    for index, (name, codebook, rows) in enumerate(zip(names, codebooks, output_partition_sizes, strict=True)):
+    for index, (name, codebook, rows) in enumerate(
+        zip(names, codebooks, output_partition_sizes, strict=True)
+    ):
         # With fewer key-value heads than ranks, each head is loaded by several ranks.
         replicas = getattr(layer, "num_kv_head_replicas", 1) if index else 1
         shards.append(Shard(name, codebook, rows, rows * ranks // replicas, rank // replicas * rows, rows))
     return shards
 
 
-def fill_with_dummy_codes(weights: LayerWeights, weight_packed: torch.Tensor, weight_scale: torch.Tensor) -> None:
+def fill_with_dummy_codes(
+    weights: LayerWeights, weight_packed: torch.Tensor, weight_scale: torch.Tensor
+) -> None:
     """Fill the buffers of a layer with valid codes of random weights, in place, for ``load_format="dummy"``.
 
-    vLLM fills only floating-point parameters there, and arbitrary bytes are not valid codes. The codes are those of
-    Gaussian weights, so that a benchmark decodes what it would decode in a real model.
+    vLLM fills only floating-point parameters there, and arbitrary bytes are not valid codes. The codes are
+    those of Gaussian weights, so that a benchmark decodes what it would decode in a real model.
     """
     generator = torch.Generator().manual_seed(0)
     gaussian = torch.randn(_DUMMY_GROUPS // 64, 8 * 64, generator=generator)

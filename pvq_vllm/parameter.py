@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which part of which checkpoint tensor goes where in the memory of one layer on one rank. Knows nothing of vLLM.
+"""Which part of which checkpoint tensor goes where in one layer's memory on one rank. Knows nothing of vLLM.
 
-A layer of vLLM may be several modules of the checkpoint ("shards": q, k and v; gate and up), and the shards may have
-different codebooks, so their codes cannot be one rectangular tensor. All codes of a layer lie in ONE flat uint8
-buffer, shard after shard, each starting at a multiple of 64 bytes:
+A layer of vLLM may be several modules of the checkpoint ("shards": q, k and v; gate and up), and the shards
+may have different codebooks, so their codes cannot be one rectangular tensor. All codes of a layer lie in ONE
+flat uint8 buffer, shard after shard, each starting at a multiple of 64 bytes:
 
     weight_packed   uint8    [packed_bytes]     shard i viewed as [num_rows, in_features / 8, bytes_per_group]
     weight_scale    float16  [out_features]     NaN until loaded
     weight_levels   float32  [num_levels]       only for canonical shards, NaN until loaded
 
-A canonical shard is decoded to int8 as soon as its codes and its levels are there, and is from then on treated as
-codebook int8 is. Under tensor parallelism rows (column parallel) or columns (row parallel) are narrowed while loading.
+A canonical shard is decoded to int8 as soon as its codes and its levels are there, and is from then on
+treated as codebook int8 is. Under tensor parallelism rows (column parallel) or columns (row parallel) are
+narrowed while loading.
 """
 
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -46,10 +48,23 @@ class Shard:
         return 1 << self.codebook.amplitude_bits if self.codebook.name == "canonical" else 0
 
 
+def _transient_buffer(num_bytes: int) -> torch.Tensor:
+    """Return an uninitialized uint8 [num_bytes] on torch's default device.
+
+    On the CPU it is a mapping of its own, which goes back to the operating system when it is freed. From
+    malloc, the
+    holes between the packed weights of successive layers would stay with the process: twice the memory,
+    measured.
+    """
+    if num_bytes == 0 or torch.get_default_device().type != "cpu":
+        return torch.empty(num_bytes, dtype=torch.uint8)
+    return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)
+
+
 def canonical_to_int8(
     name: str, codebook: Codebook, weight_packed: torch.Tensor, weight_levels: torch.Tensor, in_features: int
 ) -> torch.Tensor:
-    """Decode rows of codebook ``canonical`` (docs/format.md section 4.3) to int8 [rows, in_features], on the CPU.
+    """Decode rows of codebook ``canonical`` to int8 [rows, in_features], on the CPU (docs/format.md 4.3).
 
     Args:
         name: of the module, for messages.
@@ -101,8 +116,8 @@ class LayerWeights:
         self.source_column = source_column
         if in_features % 8:
             raise PVQError(
-                f"{self.shards[0].name}: {source_in_features} input columns leave {in_features} a rank, which is not a "
-                "multiple of 8: use fewer ranks"
+                f"{self.shards[0].name}: {source_in_features} input columns leave {in_features} a rank, "
+                "which is not a multiple of 8: use fewer ranks"
             )
         self.row_starts, self.byte_starts, self.level_starts = [], [], []
         self.out_features = self.packed_bytes = self.num_levels = 0
@@ -118,9 +133,9 @@ class LayerWeights:
         self._undecoded: dict[int, dict[str, torch.Tensor]] = {}
 
     def make_parameters(self) -> dict[str, torch.nn.Parameter]:
-        """Allocate the buffers on torch's default device, each with a ``weight_loader``, by checkpoint name."""
+        """Allocate the buffers, by checkpoint name, each with a ``weight_loader``."""
         tensors = {
-            "weight_packed": torch.empty(self.packed_bytes, dtype=torch.uint8),
+            "weight_packed": _transient_buffer(self.packed_bytes),
             "weight_scale": torch.full((self.out_features,), torch.nan, dtype=torch.float16),
         }
         if self.num_levels:
@@ -134,13 +149,16 @@ class LayerWeights:
     def codes(self, weight_packed: torch.Tensor, index: int) -> torch.Tensor:
         """Return shard ``index`` as a view of the flat buffer.
 
-        uint8 [num_rows, in_features / 8, bytes_per_group]; int8 [num_rows, in_features] for int8 and canonical.
+        uint8 [num_rows, in_features / 8, bytes_per_group]; int8 [num_rows, in_features] for int8 and
+        canonical.
         """
         shard = self.shards[index]
         shape = (shard.num_rows, self.in_features // 8, Codebook(shard.memory_codebook).bytes_per_group)
         start = self.byte_starts[index]
         view = weight_packed.detach()[start : start + shape[0] * shape[1] * shape[2]].view(shape)
-        return view.view(torch.int8).view(shape[0], self.in_features) if shard.memory_codebook == "int8" else view
+        if shard.memory_codebook == "int8":
+            view = view.view(torch.int8).view(shard.num_rows, self.in_features)
+        return view
 
     def load(
         self,
@@ -154,8 +172,8 @@ class LayerWeights:
         Args:
             kind: "weight_packed", "weight_scale" or "weight_levels".
             parameter: the buffer of that name, on any device.
-            loaded: the whole tensor of one shard; with ``shard_id`` None on a fused layer, or a tuple, the tensor of
-                several shards that the checkpoint itself stores fused.
+            loaded: the whole tensor of one shard; with ``shard_id`` None on a fused layer, or a tuple, the
+                tensor of several shards that the checkpoint itself stores fused.
         Raises:
             PVQError: unknown shard, wrong dtype or shape; the sentence names the module and the tensor.
         """
@@ -167,14 +185,19 @@ class LayerWeights:
 
     def _index(self, shard_id: str | int | None) -> int:
         if shard_id not in self.shard_ids:
-            raise PVQError(f"{self.shards[0].name}: vLLM asks for shard {shard_id!r}, known are {self.shard_ids}")
+            raise PVQError(
+                f"{self.shards[0].name}: vLLM asks for shard {shard_id!r}, known are {self.shard_ids}"
+            )
         return self.shard_ids.index(shard_id)
 
-    def _load_fused(self, kind: str, parameter: torch.Tensor, loaded: torch.Tensor, indices: list[int]) -> None:
+    def _load_fused(
+        self, kind: str, parameter: torch.Tensor, loaded: torch.Tensor, indices: list[int]
+    ) -> None:
         rows = [self.shards[index].source_rows for index in indices]
         if kind != "weight_levels" and loaded.shape[0] != sum(rows):
             raise PVQError(
-                f"{self.shards[0].name}.{kind} has {loaded.shape[0]} rows, but its parts have {rows}: quantize it again"
+                f"{self.shards[0].name}.{kind} has {loaded.shape[0]} rows, but its parts have {rows}: "
+                "quantize the model again"
             )
         parts = [loaded] * len(rows) if kind == "weight_levels" else loaded.split(rows)
         for index, part in zip(indices, parts, strict=True):
@@ -182,15 +205,17 @@ class LayerWeights:
 
     def _load_one(self, kind: str, parameter: torch.Tensor, loaded: torch.Tensor, index: int) -> None:
         shard = self.shards[index]
+        packed_shape = shard.codebook.packed_shape(shard.source_rows, self.source_in_features)
         dtype, shape = {
-            "weight_packed": (torch.uint8, shard.codebook.packed_shape(shard.source_rows, self.source_in_features)),
+            "weight_packed": (torch.uint8, packed_shape),
             "weight_scale": (torch.float16, (shard.source_rows,)),
             "weight_levels": (torch.float32, (shard.num_levels,)),
         }[kind]
-        if loaded.dtype != dtype or tuple(loaded.shape) != shape:  # copy_ would cast and broadcast without a word
+        # copy_ would cast and broadcast without a word.
+        if loaded.dtype != dtype or tuple(loaded.shape) != shape:
             raise PVQError(
-                f"{shard.name}.{kind} is {loaded.dtype} {list(loaded.shape)}, but must be {dtype} {list(shape)}: "
-                "quantize the model again"
+                f"{shard.name}.{kind} is {loaded.dtype} {list(loaded.shape)}, but must be {dtype} "
+                f"{list(shape)}: quantize the model again"
             )
         if kind == "weight_levels":
             start = self.level_starts[index]
@@ -221,18 +246,20 @@ class LayerWeights:
         self, index: int, weight_packed: torch.Tensor, weight_levels: torch.Tensor, target: torch.Tensor
     ) -> None:
         shard = self.shards[index]
-        q = canonical_to_int8(shard.name, shard.codebook, weight_packed, weight_levels, self.source_in_features)
+        q = canonical_to_int8(
+            shard.name, shard.codebook, weight_packed, weight_levels, self.source_in_features
+        )
         view = self.codes(target, index)
         view[: len(q)].copy_(q[:, self.source_column : self.source_column + self.in_features])
         view[len(q) :].zero_()
 
     def check_complete(self, weight_scale: torch.Tensor) -> bool:
-        """Check that every tensor of every shard was loaded and that the scales can be used, and forget the loading.
+        """Check that every tensor of every shard was loaded and that the scales can be used.
 
         Returns:
-            False if nothing at all was loaded and yet the scales are finite: vLLM's ``load_format="dummy"`` filled them.
+            False if nothing was loaded and yet the scales are finite: ``load_format="dummy"`` filled them.
         Raises:
-            PVQError: a missing tensor, or a scale that is negative or not finite; the sentence names the module.
+            PVQError: a missing tensor, or a scale that is negative or not finite; names the module.
         """
         if not self._loaded and bool(torch.isfinite(weight_scale).all()):
             return False
@@ -245,7 +272,8 @@ class LayerWeights:
             scale = weight_scale[start : start + shard.num_rows]
             if not bool((torch.isfinite(scale) & (scale >= 0)).all()):
                 raise PVQError(
-                    f"{shard.name}.weight_scale has a value that is negative or not finite: quantize the model again"
+                    f"{shard.name}.weight_scale has a value that is negative or not finite: "
+                    "quantize the model again"
                 )
         self._loaded.clear()
         return True

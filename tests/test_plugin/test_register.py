@@ -43,7 +43,7 @@ def make_entry(**changes) -> dict:
 
 
 def fake(layer_class: type):
-    """Return an instance that passes isinstance and has nothing else: no engine is needed to decide on a method."""
+    """Return an instance that passes isinstance and has nothing else: enough to decide on a method."""
     return layer_class.__new__(layer_class)
 
 
@@ -72,7 +72,8 @@ def test_vllm_finds_the_plugin_by_its_entry_point():
 
 def test_importing_the_package_imports_neither_vllm_nor_torch():
     code = "import sys, pvq_vllm; print(sorted({'vllm', 'torch', 'transformers'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "[]\n"
 
 
 def test_config_claims_only_its_own_checkpoints():
@@ -113,7 +114,9 @@ def test_fused_layer_gets_the_method_of_its_modules(config):
 
 
 def test_unlisted_linear_layer_stays_unquantized(config):
-    assert isinstance(config.get_quant_method(fake(LinearBase), f"{LAYER}.mlp.gate_up_proj"), UnquantizedLinearMethod)
+    assert isinstance(
+        config.get_quant_method(fake(LinearBase), f"{LAYER}.mlp.gate_up_proj"), UnquantizedLinearMethod
+    )
 
 
 def test_half_quantized_fused_layer_is_refused(config):
@@ -160,14 +163,18 @@ def test_modules_are_renamed_as_the_model_renames_its_weights(config):
         orig_to_new_stacked={".q_proj": (".qkv_proj", "q")},
     )
     config.apply_vllm_mapper(mapper)
-    assert isinstance(config.get_quant_method(fake(ParallelLMHead), "language_model.lm_head"), PVQLinearMethod)
+    assert isinstance(
+        config.get_quant_method(fake(ParallelLMHead), "language_model.lm_head"), PVQLinearMethod
+    )
     method = config.get_quant_method(fake(LinearBase), f"language_model.{LAYER}.self_attn.qkv_proj")
     assert isinstance(method, PVQLinearMethod)
 
 
 def test_tied_embeddings_with_a_quantized_head_are_refused(config, tmp_path):
-    with pytest.raises(PVQError, match="tie_word_embeddings must be false"):
-        config.maybe_update_config(str(tmp_path), hf_config=SimpleNamespace(tie_word_embeddings=True), revision=None)
+    with pytest.raises(PVQError, match="must say tie_word_embeddings: false"):
+        config.maybe_update_config(
+            str(tmp_path), hf_config=SimpleNamespace(tie_word_embeddings=True), revision=None
+        )
     config.maybe_update_config(str(tmp_path), hf_config=SimpleNamespace(tie_word_embeddings=False))
 
 
