@@ -86,7 +86,35 @@ class ModelSource:
         modules = {id(module): name for name, module in skeleton.named_modules()}
         head = modules.get(id(skeleton.get_output_embeddings()))
         embedding = modules.get(id(skeleton.get_input_embeddings()))
-        return cls(folder, config, tensors, skeleton, layers_name, head, embedding)
+        source = cls(folder, config, tensors, skeleton, layers_name, head, embedding)
+        source._check_tensors()
+        return source
+
+    def _check_tensors(self) -> None:
+        """Compare the headers of the shards with the parameters that config.json leads to.
+
+        Some models store parameters under other names than their modules have (experts one by one, for
+        example): then there are tensors that no parameter claims, and a parameter without a tensor proves
+        nothing.
+        """
+        parameters = {name: tuple(parameter.shape) for name, parameter in self.skeleton.named_parameters()}
+        for name, shape in parameters.items():
+            if name in self.tensors and self.tensors[name].shape != shape:
+                raise PVQError(
+                    f"{self.tensors[name].shard}: '{name}' is {list(self.tensors[name].shape)}, but "
+                    "by config.json it must be "
+                    f"{list(shape)}: copy the folder again"
+                )
+        missing = [
+            name for name in parameters if name not in self.tensors and name != f"{self.head_name}.weight"
+        ]
+        if self.head_name is not None and not self.is_tied and f"{self.head_name}.weight" not in self.tensors:
+            missing.append(f"{self.head_name}.weight")
+        if missing and not set(self.tensors) - set(parameters):
+            raise PVQError(
+                f"{self.folder}: the shards have no tensor '{missing[0]}', which config.json asks "
+                "for: copy it again"
+            )
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -97,8 +125,8 @@ class ModelSource:
         """True when the head has no weight of its own in the files and the embedding serves as one."""
         return (
             self.head_name is not None
+            and bool(self.skeleton.config.get_text_config().tie_word_embeddings)
             and f"{self.head_name}.weight" not in self.tensors
-            and f"{self.embedding_name}.weight" in self.tensors
         )
 
     def linear_names(self, layer: int) -> list[str]:
@@ -115,15 +143,7 @@ class ModelSource:
 
     def weight_shape(self, module: str) -> tuple[int, int]:
         """Return [out_features, in_features] of a linear or embedding module, from the shard's header."""
-        info = self.tensors[self.weight_name(module)]
-        expected = tuple(self.skeleton.get_submodule(module).weight.shape)
-        if info.shape != expected:
-            raise PVQError(
-                f"{info.shard}: '{module}.weight' is {list(info.shape)}, but by config.json it must "
-                f"be {list(expected)}: "
-                "copy the folder again"
-            )
-        return expected
+        return self.tensors[self.weight_name(module)].shape
 
     def weight_dtype(self, module: str) -> torch.dtype:
         """Return the dtype in which the module's weight is stored."""

