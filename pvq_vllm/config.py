@@ -2,10 +2,8 @@
 """``quantization_config`` of a PVQ checkpoint as vLLM wants to see it, and which layer gets which method.
 
 Works with vLLM 0.24 to 0.33, whose interfaces differ in the arguments they pass, see the ``**`` below. The
-activation mode of the checkpoint can be changed in two ways, both of which reach vLLM's compile cache through
-the model's configuration: the environment variable PVQ_ACTIVATION, or
-
-    --hf-overrides '{"quantization_config": {"activation": "a16"}}'
+environment variable PVQ_ACTIVATION (a8 or a16) overrides the checkpoint's activation mode. It is read once,
+where vLLM reads the model's configuration, and reaches the workers and the compile cache with it.
 """
 
 import os

@@ -53,9 +53,15 @@ class PVQLinearMethod(LinearMethodBase):
         """Allocate the buffers that the checkpoint is loaded into; ``params_dtype`` plays no part.
 
         Raises:
-            PVQError: this number of ranks would cut through a rotation block or a group of eight columns.
+            PVQError: an unknown rotation, or ranks that would cut through one of its blocks or a group of eight.
         """
         ranks = input_size // input_size_per_partition
+        width, rest = divmod(input_size, self.rotation_blocks or 1)
+        if self.rotation_blocks and (rest or width not in self.config.rotation_factors):
+            raise PVQError(
+                f"rotation.factors in config.json lacks the width of {self.names[0]}, {input_size} / "
+                f"{self.rotation_blocks}: quantize the model again"
+            )
         if self.rotation_blocks % ranks:
             raise PVQError(
                 f"{self.names[0]} is rotated in {self.rotation_blocks} block(s), which {ranks} "

@@ -61,7 +61,7 @@ def generate(tmp_path: Path, runs: list[dict], **environment: str) -> list[dict]
     settings = {
         "HF_HUB_OFFLINE": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
-        # Shared by the engines of this session, but without the compiled graphs of earlier states of this project.
+        # Shared by the engines of this session, without compiled graphs of earlier states of this project.
         "VLLM_CACHE_ROOT": str(tmp_path.parent / "vllm_cache"),
         "VLLM_NO_USAGE_STATS": "1",
     }
@@ -101,8 +101,7 @@ def check(folder: Path, base: Path, token_ids: list[list[int]], activation: str 
 
 
 def test_three_architectures_and_dummy_weights_eager(folders, tiny_model_folder, tmp_path):
-    """Fused layers of three codebooks, bias, tied and quantized heads, an int8 embedding; ``LLM(OUT)``
-    without a flag."""
+    """Fused layers of three codebooks, bias, tied and quantized heads, int8 embedding; without a flag."""
     runs = [{"model": folder, "enforce_eager": True} for folder in folders.values()]
     dummy = {"model": folders["qwen3-tied"], "enforce_eager": True, "load_format": "dummy"}
     *answers, from_dummy = generate(tmp_path, [*runs, dummy], VLLM_ENABLE_V1_MULTIPROCESSING="0")

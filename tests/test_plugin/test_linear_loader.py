@@ -156,6 +156,13 @@ def test_one_rotation_over_two_ranks_is_refused_with_the_remedy(ranks):
         )
 
 
+def test_rotation_of_an_unknown_width_is_refused(ranks):
+    ranks(0, 1)
+    config = make_config({"x": "pvq4"}, rotation_blocks=4)  # blocks of 16
+    with pytest.raises(PVQError, match=r"lacks the width of x, 64 / 4"):
+        vllm_linear.ReplicatedLinear(HIDDEN, 24, bias=False, quant_config=config, prefix="x")
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_vocabulary_padding_has_scale_zero(ranks, rank):
     """100 words, padded to 128: the second of two ranks has 36 words and 28 rows of padding."""
