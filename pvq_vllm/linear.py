@@ -53,7 +53,7 @@ class PVQLinearMethod(LinearMethodBase):
         """Allocate the buffers that the checkpoint is loaded into; ``params_dtype`` plays no part.
 
         Raises:
-            PVQError: an unknown rotation, or ranks that would cut through one of its blocks or a group of eight.
+            PVQError: an unknown rotation, or ranks that would cut through one of its blocks or a group.
         """
         ranks = input_size // input_size_per_partition
         width, rest = divmod(input_size, self.rotation_blocks or 1)
