@@ -85,7 +85,7 @@ class LazyGroup(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Return a stand-in that carries the name and the one-line help; None if there is no such command."""
         entry = commands().get(cmd_name)
-        return None if entry is None else TyperCommand(cmd_name, help=summary(entry))
+        return None if entry is None else TyperCommand(cmd_name, short_help=summary(entry))
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Return the imported command for the first of ``args``; a usage error if there is no such

@@ -114,7 +114,7 @@ def bench(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the prompts.")] = 0,
 ) -> None:
-    """Load-test a running server: time to first token, time per token and throughput against load.
+    """Load-test a running server: latency and throughput against load.
 
     The API key comes from PVQ_API_KEY or OPENAI_API_KEY. The exit status is 1 if every request failed.
     """
