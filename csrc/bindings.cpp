@@ -33,7 +33,7 @@ py::list serving_codebooks() {
     py::list pyramids, gains;
     for (int p = 0; p < book.num_pyramids; ++p) {
       py::list row;
-      for (int g = 0; g < book.num_gains; ++g) row.append(book.gains[p][g]);
+      for (int g = 0; g < book.num_gains; ++g) row.append(py::make_tuple(book.gains[p][g].base, book.gains[p][g].step));
       pyramids.append(book.pyramids[p]);
       gains.append(py::tuple(row));
     }
@@ -44,7 +44,6 @@ py::list serving_codebooks() {
     d["pyramids"] = py::tuple(pyramids);
     d["shape_bits"] = book.shape_bits;
     d["refinement_bits"] = book.refinement_bits;
-    d["shift"] = book.shift;
     d["gains"] = py::tuple(gains);
     d["target_rms"] = book.target_rms;
     books.append(d);

@@ -5,15 +5,19 @@
 //
 //     P(D, K) = { m in Z^D : m_i >= 0, sum m_i = K },    |P(D, K)| = C(K + D - 1, D - 1),
 //
-// refined by r plain bits and made odd, so that no coordinate is zero and the signs are D plain bits:
+// refined by r plain bits a coordinate. The gain is a rung of a ladder of (base, step), in int8 units, and no magnitude is zero,
+// so the signs are D plain bits:
 //
-//     v_i = 2^(r+1) m_i + 2 f_i + 1,    b_i = (v_i G) >> t,    q_i = sign_i ? ~b_i : b_i,    w_i = (q_i + 1/2) row_scale.
+//     j_i = 2^r m_i + f_i,    b_i = base + step j_i,    q_i = sign_i ? ~b_i : b_i,    w_i = (q_i + 1/2) row_scale.
+//
+// With base = step / 2 this is the pyramid with odd coordinates. Four j_i in a word stay below 256, so one 32-bit multiplication
+// and one addition make four magnitudes.
 //
 //   K           1    2    3     4     5     6     7     8
 //   |P(8, K)|   8   36  120   330   792  1716  3432  6435
 //
-// Joining pyramids fills the index: 13 bits hold 8192 codewords, P(8,8) + P(8,6) + P(8,2) are 8187 of them. Against
-// P(8,8) alone that is worth 0.5 dB at 4 bits and 0.25 dB at 3 (docs/format.md, benchmarks/snr.py).
+// Joining pyramids fills the index: 13 bits hold 8192 codewords, P(8,8) + P(8,6) + P(8,2) are 8187 of them. Against P(8,8) alone
+// that is worth 0.5 dB at 4 bits and 0.25 dB at 3; a free base is worth 0.2 dB at 3 bits (docs/format.md §9, benchmarks/snr.py).
 #pragma once
 
 #include <cstdint>
@@ -29,6 +33,10 @@ constexpr int kMaxMagnitude = 127;  // b_i fits in seven bits, so ~b_i fits in i
 
 enum class CodebookId : int { kPvq2 = 0, kPvq3 = 1, kPvq4 = 2, kInt8 = 3 };
 
+struct Rung {
+  int base, step;
+};
+
 struct ServingCodebook {
   CodebookId id;
   const char* name;
@@ -37,22 +45,30 @@ struct ServingCodebook {
   int pyramids[kMaxPyramids];  // K of each, in the order of the shape index
   int shape_bits;              // the shape is in the low bits of the code, the gain index above it
   int refinement_bits;         // r
-  int shift;                   // t
   int num_gains;
-  int gains[kMaxPyramids][kMaxGains];  // G by pyramid and gain index
-  float target_rms;  // of a row in int8 units: where the ladder of gains fits a Gaussian row best (benchmarks/snr.py)
+  Rung gains[kMaxPyramids][kMaxGains];  // by pyramid and gain index
+  float target_rms;  // of a row in int8 units: where the ladder fits a Gaussian row best (benchmarks/snr.py)
 };
 
-// clang-format off
+constexpr ServingCodebook make_pvq2() {
+  return {CodebookId::kPvq2, "pvq2", 2, 2, {3, 1, 0}, 7, 0, 2, {{{14, 24}, {20, 34}}, {{12, 18}, {12, 35}}, {}}, 33.0f};
+}
+
+constexpr ServingCodebook make_joined(CodebookId id, const char* name, int bytes, int refinement_bits, float target_rms,
+                                      const Rung (&gains)[kMaxGains]) {
+  ServingCodebook book{id, name, bytes, 3, {8, 6, 2}, 13, refinement_bits, kMaxGains, {}, target_rms};
+  for (int p = 0; p < 3; ++p)
+    for (int g = 0; g < kMaxGains; ++g) book.gains[p][g] = gains[g];  // the three pyramids share one ladder
+  return book;
+}
+
 constexpr ServingCodebook kServingCodebooks[] = {
-    {CodebookId::kPvq2, "pvq2", 2, 2, {3, 1, 0}, 7, 0, 0, 2,
-     {{13, 19}, {12, 25}, {}}, 33.0f},
-    {CodebookId::kPvq3, "pvq3", 3, 3, {8, 6, 2}, 13, 0, 0, 8,
-     {{5, 6, 7, 8, 9, 11, 13, 15}, {5, 6, 7, 8, 9, 11, 13, 15}, {5, 6, 7, 8, 9, 11, 13, 15}}, 29.0f},
-    {CodebookId::kPvq4, "pvq4", 4, 3, {8, 6, 2}, 13, 1, 1, 8,
-     {{6, 7, 8, 9, 10, 11, 12, 14}, {6, 7, 8, 9, 10, 11, 12, 14}, {6, 7, 8, 9, 10, 11, 12, 14}}, 31.0f},
+    make_pvq2(),
+    make_joined(CodebookId::kPvq3, "pvq3", 3, 0, 29.0f,
+                {{5, 10}, {6, 12}, {7, 14}, {15, 14}, {8, 16}, {7, 20}, {10, 22}, {17, 22}}),
+    make_joined(CodebookId::kPvq4, "pvq4", 4, 1, 31.0f,
+                {{2, 6}, {3, 7}, {4, 8}, {4, 9}, {5, 10}, {6, 11}, {8, 12}, {8, 14}}),
 };
-// clang-format on
 
 constexpr int num_compositions(int parts, int total) {  // C(total + parts - 1, parts - 1)
   std::uint64_t count = 1;

@@ -30,11 +30,11 @@ std::vector<std::uint32_t> build_pvq2_magnitudes() {
   std::vector<std::uint32_t> words(512, 0);
   for (unsigned code = 0; code < 256; ++code) {
     const int shape = static_cast<int>(code & 127);
-    const int gain = book.gains[shape < num_compositions(kGroupSize, book.pyramids[0]) ? 0 : 1][code >> 7];
+    const Rung gain = book.gains[shape < num_compositions(kGroupSize, book.pyramids[0]) ? 0 : 1][code >> 7];
     int m[kGroupSize];
     unpack_digits(digits[static_cast<std::size_t>(shape)], m);
     for (int i = 0; i < kGroupSize; ++i)
-      words[256 * (i / 4) + code] |= static_cast<std::uint32_t>((2 * m[i] + 1) * gain & 255) << (8 * (i % 4));
+      words[256 * (i / 4) + code] |= static_cast<std::uint32_t>((gain.base + gain.step * m[i]) & 255) << (8 * (i % 4));
   }
   return words;
 }

@@ -23,12 +23,9 @@ Search prepare(CodebookId id) {
     const bool shared = p > 0 && std::memcmp(book.gains[p], book.gains[p - 1], sizeof book.gains[p]) == 0;
     if (!shared) {
       for (int g = 0; g < book.num_gains; ++g) {
-        const int gain = book.gains[p][g];
-        Ladder& ladder = s.ladders[s.num_sets][g];
-        ladder.base = static_cast<float>(gain >> book.shift) + 0.5f;
-        ladder.step = static_cast<float>((2 * gain) >> book.shift);
-        for (ladder.last = 0; ((2 * (ladder.last + 1) + 1) * gain) >> book.shift <= kMaxMagnitude; ++ladder.last) {
-        }
+        const Rung gain = book.gains[p][g];
+        s.ladders[s.num_sets][g] = {static_cast<float>(gain.base) + 0.5f, static_cast<float>(gain.step),
+                                    (kMaxMagnitude - gain.base) / gain.step};
       }
       s.first[s.num_sets++] = p;
     }

@@ -106,12 +106,12 @@ inline void write_code(const Search& s, const Codewords& words, int lane, int si
   const ServingCodebook& book = *s.book;
   int m[kGroupSize], refinement = 0;
   const int pyramid = words.choice[lane] / kMaxGains, gain_index = words.choice[lane] % kMaxGains;
-  const int gain = book.gains[pyramid][gain_index];
+  const Rung gain = book.gains[pyramid][gain_index];
   for (int i = 0; i < kGroupSize; ++i) {
     const int j = words.j[i][lane];
     m[i] = j >> s.refinement_bits;
     refinement |= (j & ((1 << s.refinement_bits) - 1)) << i;
-    const int b = ((2 * j + 1) * gain) >> book.shift;
+    const int b = gain.base + gain.step * j;
     q[i] = static_cast<std::int8_t>((signs >> i & 1) != 0 ? ~b : b);
   }
   const int index = shape_index(book, pyramid, m) | gain_index << book.shape_bits;

@@ -29,34 +29,35 @@ struct Decoder {
   static constexpr ServingCodebook kBook = *find_codebook(kId);
   static_assert(kBook.shape_bits == 13 && kBook.num_gains == 8);
   const int* digits = reinterpret_cast<const int*>(digit_table(kId));
-  __m256i gains;
+  __m256i steps, bases;
 
   Decoder() {
-    alignas(32) std::uint32_t words[8];
-    for (int i = 0; i < 8; ++i) words[i] = static_cast<std::uint32_t>(kBook.gains[0][i]) * 0x00010001u;
-    gains = _mm256_load_si256(reinterpret_cast<const __m256i*>(words));
+    alignas(32) std::uint32_t step[8], base[8];
+    for (int i = 0; i < 8; ++i) {
+      step[i] = static_cast<std::uint32_t>(kBook.gains[0][i].step) * 0x00010001u;
+      base[i] = static_cast<std::uint32_t>(kBook.gains[0][i].base) * 0x01010101u;
+    }
+    steps = _mm256_load_si256(reinterpret_cast<const __m256i*>(step));
+    bases = _mm256_load_si256(reinterpret_cast<const __m256i*>(base));
   }
 
   inline Decoded operator()(const std::uint8_t* group, int half) const {
     const __m256i code =
         _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(group + 16 * half)));
     const __m256i word = _mm256_i32gather_epi32(digits, _mm256_and_si256(code, _mm256_set1_epi32(8191)), 4);
-    const __m256i gain = _mm256_permutevar8x32_epi32(gains, _mm256_srli_epi32(code, 13));
-    constexpr int kUp = kBook.refinement_bits + 1;
-    const __m256i digit_mask = _mm256_set1_epi8(15 << kUp), one = _mm256_set1_epi8(1);
-    __m256i low = _mm256_or_si256(_mm256_and_si256(_mm256_slli_epi32(word, kUp), digit_mask), one);
-    __m256i high = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi32(word, 4 - kUp), digit_mask), one);
-    if constexpr (kBook.refinement_bits == 1) {
-      const __m256i two = _mm256_set1_epi8(2);
-      low = _mm256_or_si256(low, _mm256_and_si256(expand_mask(group + 48 + 4 * half), two));
-      high = _mm256_or_si256(high, _mm256_and_si256(expand_mask(group + 56 + 4 * half), two));
+    const __m256i gain = _mm256_srli_epi32(code, 13);
+    const __m256i step = _mm256_permutevar8x32_epi32(steps, gain), base = _mm256_permutevar8x32_epi32(bases, gain);
+    constexpr int r = kBook.refinement_bits;
+    const __m256i digit_mask = _mm256_set1_epi8(15 << r);
+    __m256i low = _mm256_and_si256(_mm256_slli_epi32(word, r), digit_mask);
+    __m256i high = _mm256_and_si256(_mm256_srli_epi32(word, 4 - r), digit_mask);
+    if constexpr (r == 1) {
+      const __m256i one = _mm256_set1_epi8(1);
+      low = _mm256_or_si256(low, _mm256_and_si256(expand_mask(group + 48 + 4 * half), one));
+      high = _mm256_or_si256(high, _mm256_and_si256(expand_mask(group + 56 + 4 * half), one));
     }
-    low = _mm256_mullo_epi16(low, gain);
-    high = _mm256_mullo_epi16(high, gain);
-    if constexpr (kBook.shift == 1) {
-      low = _mm256_and_si256(_mm256_srli_epi16(low, 1), _mm256_set1_epi8(127));
-      high = _mm256_and_si256(_mm256_srli_epi16(high, 1), _mm256_set1_epi8(127));
-    }
+    low = _mm256_add_epi8(_mm256_mullo_epi16(low, step), base);
+    high = _mm256_add_epi8(_mm256_mullo_epi16(high, step), base);
     return {_mm256_xor_si256(low, expand_mask(group + 32 + 4 * half)),
             _mm256_xor_si256(high, expand_mask(group + 40 + 4 * half))};
   }

@@ -21,11 +21,19 @@ inline __mmask64 load_mask(const std::uint8_t* bytes) {
   return _cvtu64_mask64(mask);
 }
 
-// The gain, twice in a dword, so that one 16-bit multiplication serves two bytes: v * G stays below 256.
-inline __m512i gain_words(const ServingCodebook& book) {
-  alignas(64) std::uint32_t words[16];
-  for (int i = 0; i < 16; ++i) words[i] = static_cast<std::uint32_t>(book.gains[0][i & 7]) * 0x00010001u;
-  return _mm512_load_si512(words);
+// The rungs by gain index: the step twice in a dword, so that one 16-bit multiplication serves two bytes (j * step stays below
+// 256), and the base four times.
+struct Ladder {
+  __m512i step, base;
+};
+
+inline Ladder load_ladder(const ServingCodebook& book) {
+  alignas(64) std::uint32_t step[16], base[16];
+  for (int i = 0; i < 16; ++i) {
+    step[i] = static_cast<std::uint32_t>(book.gains[0][i & 7].step) * 0x00010001u;
+    base[i] = static_cast<std::uint32_t>(book.gains[0][i & 7].base) * 0x01010101u;
+  }
+  return {_mm512_load_si512(step), _mm512_load_si512(base)};
 }
 
 template <CodebookId kId>
@@ -33,29 +41,25 @@ struct Decoder {
   static constexpr ServingCodebook kBook = *find_codebook(kId);
   static_assert(kBook.shape_bits == 13 && kBook.num_gains == 8);
   const int* digits = reinterpret_cast<const int*>(digit_table(kId));
-  const __m512i gains = gain_words(kBook);
+  const Ladder ladder = load_ladder(kBook);
 
   inline Decoded operator()(const std::uint8_t* group) const {
     const __m512i ones = _mm512_set1_epi8(-1);
     const __m512i code = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(group)));
     const __m512i word = _mm512_i32gather_epi32(_mm512_and_si512(code, _mm512_set1_epi32(8191)), digits, 4);
-    const __m512i gain = _mm512_permutexvar_epi32(_mm512_srli_epi32(code, 13), gains);
-    constexpr int kUp = kBook.refinement_bits + 1;  // v = m << kUp | 1, plus 2 where the refinement bit is set
-    const __m512i digit_mask = _mm512_set1_epi8(15 << kUp), one = _mm512_set1_epi8(1);
-    // 0xEA: (word & mask) | one
-    __m512i low = _mm512_ternarylogic_epi32(_mm512_slli_epi32(word, kUp), digit_mask, one, 0xEA);
-    __m512i high = _mm512_ternarylogic_epi32(_mm512_srli_epi32(word, 4 - kUp), digit_mask, one, 0xEA);
-    if constexpr (kBook.refinement_bits == 1) {
-      const __m512i two = _mm512_set1_epi8(2);
-      low = _mm512_mask_add_epi8(low, load_mask(group + 48), low, two);
-      high = _mm512_mask_add_epi8(high, load_mask(group + 56), high, two);
+    const __m512i gain = _mm512_srli_epi32(code, 13);
+    const __m512i step = _mm512_permutexvar_epi32(gain, ladder.step), base = _mm512_permutexvar_epi32(gain, ladder.base);
+    constexpr int r = kBook.refinement_bits;
+    const __m512i digit_mask = _mm512_set1_epi8(15 << r);
+    __m512i low = _mm512_and_si512(_mm512_slli_epi32(word, r), digit_mask);
+    __m512i high = _mm512_and_si512(_mm512_srli_epi32(word, 4 - r), digit_mask);
+    if constexpr (r == 1) {
+      const __m512i one = _mm512_set1_epi8(1);
+      low = _mm512_mask_add_epi8(low, load_mask(group + 48), low, one);
+      high = _mm512_mask_add_epi8(high, load_mask(group + 56), high, one);
     }
-    low = _mm512_mullo_epi16(low, gain);
-    high = _mm512_mullo_epi16(high, gain);
-    if constexpr (kBook.shift == 1) {
-      low = _mm512_and_si512(_mm512_srli_epi16(low, 1), _mm512_set1_epi8(127));
-      high = _mm512_and_si512(_mm512_srli_epi16(high, 1), _mm512_set1_epi8(127));
-    }
+    low = _mm512_add_epi8(_mm512_mullo_epi16(low, step), base);
+    high = _mm512_add_epi8(_mm512_mullo_epi16(high, step), base);
     low = _mm512_mask_sub_epi8(low, load_mask(group + 32), ones, low);  // -1 - b = ~b
     high = _mm512_mask_sub_epi8(high, load_mask(group + 40), ones, high);
     return {low, high};

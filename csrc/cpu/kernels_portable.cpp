@@ -15,7 +15,8 @@ inline void decode_group(const std::uint8_t* group, std::int8_t* panel /* [2][kL
   const std::uint8_t* signs = group + kCodeBytes * kLanes;
   const std::uint8_t* refinement = signs + 16;
   for (int lane = 0; lane < kLanes; ++lane) {
-    int m[kGroupSize], gain;
+    int m[kGroupSize];
+    Rung gain{};
     if constexpr (kId == CodebookId::kPvq2) {
       const int code = group[lane], shape = code & 127;
       unpack_digits(digits[shape], m);
@@ -28,9 +29,9 @@ inline void decode_group(const std::uint8_t* group, std::int8_t* panel /* [2][kL
     for (int i = 0; i < kGroupSize; ++i) {
       const int bit = 4 * lane + (i & 3), byte = 8 * (i >> 2) + (bit >> 3);
       const int sign = signs[byte] >> (bit & 7) & 1;
-      int v = (m[i] << (kBook.refinement_bits + 1)) + 1;
-      if constexpr (kBook.refinement_bits == 1) v += 2 * (refinement[byte] >> (bit & 7) & 1);
-      const int b = (v * gain) >> kBook.shift;
+      int j = m[i] << kBook.refinement_bits;
+      if constexpr (kBook.refinement_bits == 1) j += refinement[byte] >> (bit & 7) & 1;
+      const int b = gain.base + gain.step * j;
       panel[((i >> 2) * kLanes + lane) * 4 + (i & 3)] = static_cast<std::int8_t>(sign ? ~b : b);
     }
   }

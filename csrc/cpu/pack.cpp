@@ -25,13 +25,12 @@ bool decode_group(CodebookId id, const std::uint32_t* digits, const std::uint8_t
   for (int first = num_compositions(kGroupSize, book.pyramids[0]); shape >= first;
        first += num_compositions(kGroupSize, book.pyramids[pyramid]))
     ++pyramid;
-  const int gain = book.gains[pyramid][gain_index];
+  const Rung gain = book.gains[pyramid][gain_index];
   const int signs = bytes[wide ? 2 : 1], refinement = book.refinement_bits == 1 ? bytes[3] : 0;
   int m[kGroupSize];
   unpack_digits(digits[shape], m);
   for (int i = 0; i < kGroupSize; ++i) {
-    const int v = (m[i] << (book.refinement_bits + 1)) + 2 * (refinement >> i & 1) + 1;
-    const int b = (v * gain) >> book.shift;
+    const int b = gain.base + gain.step * ((m[i] << book.refinement_bits) + (refinement >> i & 1));
     if (b > kMaxMagnitude) return false;
     q[i] = static_cast<std::int8_t>((signs >> i & 1) != 0 ? ~b : b);
   }

@@ -31,8 +31,7 @@ class ServingCodebook:
         pyramids: K of each pyramid, in the order of the shape index.
         shape_bits: low bits of the code that hold the shape; the gain index is above them.
         refinement_bits: r, plain bits a magnitude.
-        shift: t.
-        gains: G by pyramid and gain index.
+        gains: (base, step) by pyramid and gain index.
         target_rms: root mean square, in int8 units, of a Gaussian row that the gains fit best.
     """
 
@@ -42,8 +41,7 @@ class ServingCodebook:
     pyramids: tuple[int, ...]
     shape_bits: int
     refinement_bits: int
-    shift: int
-    gains: tuple[tuple[int, ...], ...]
+    gains: tuple[tuple[tuple[int, int], ...], ...]
     target_rms: float
 
     @property
@@ -108,13 +106,13 @@ def decode_groups(codes: np.ndarray, name: str) -> np.ndarray:
         raise PVQError(f"a {name} code has shape {int(shape.max())} of {book.num_shapes}; the tensor is damaged.")
     m = shapes(name)[shape]
     lane = np.arange(GROUP_SIZE)
-    v = (m << (book.refinement_bits + 1)) + 1
+    j = m << book.refinement_bits
     if book.refinement_bits:
-        v += 2 * (codes[..., 3].astype(np.int64)[..., None] >> lane & 1)
+        j += codes[..., 3].astype(np.int64)[..., None] >> lane & 1
     starts = np.cumsum([comb(k + GROUP_SIZE - 1, GROUP_SIZE - 1) for k in book.pyramids])
     pyramid = np.searchsorted(starts, shape, side="right")
     gain = np.array(book.gains)[pyramid, gain_index]
-    b = (v * gain[..., None]) >> book.shift
+    b = gain[..., :1] + gain[..., 1:] * j
     if (b > MAX_MAGNITUDE).any():
         raise PVQError(f"a {name} code decodes to {int(b.max())}, above {MAX_MAGNITUDE}; the tensor is damaged.")
     return np.where(signs[..., None] >> lane & 1, ~b, b).astype(np.int8)
