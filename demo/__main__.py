@@ -6,11 +6,12 @@ on it.
 
 Steps and what they leave in the folder: ``base`` (bf16 model), ``pvq`` (checkpoint), ``eval.json``,
 ``load/``, ``serve.log`` and at the end ``report.json``. A step whose result is there and was made by the same
-command is not run again.
+command and sources is not run again.
 """
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import secrets
@@ -33,6 +34,8 @@ SERVED_NAME = "pvq-demo"
 # Eager: the demo serves for a minute, and compiling would take longer than that.
 SERVE_FLAGS = ("--served-model-name", SERVED_NAME, "--max-model-len", "2048", "--enforce-eager")
 BENCH_FLAGS = ("--concurrency", "1,2,4", "--requests", "8", "--input-tokens", "64", "--output-tokens", "32")
+QUANTIZER_SOURCES = ("csrc", "pvq_vllm/codec", "offline_quant")
+SOURCE_SUFFIXES = (".py", ".cpp", ".h")
 START_TIMEOUT_S = 300
 STOP_TIMEOUT_S = 60
 
@@ -54,25 +57,37 @@ def run_step(title: str, command: Sequence[str]) -> None:
     console.print(f"[dim]{time.monotonic() - started:.0f} s[/dim]")
 
 
+def digest(folders: Sequence[str]) -> str:
+    """Return one hash over the C++ and Python files of ``folders`` of this project."""
+    root = Path(__file__).resolve().parent.parent
+    files = sorted(
+        path for folder in folders for path in (root / folder).rglob("*") if path.suffix in SOURCE_SUFFIXES
+    )
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
 def run_once(
     title: str,
     command: Sequence[str],
     result: Path,
-    stale: Sequence[str] = (),
+    made_from: Sequence[str] = (),
     newer_than: Path | None = None,
 ) -> None:
-    """Run a step unless ``result`` is there, made by the same command and not older than ``newer_than``.
+    """Run a step unless ``result`` is there, made by the same command and from the same sources.
 
-    ``stale`` are flags to add when an old result is in the way. What was run is noted in ``NAME.step`` beside
-    the result.
+    What was run is noted in ``NAME.step`` beside the result.
+
+    Args:
+        made_from: folders of this project whose sources determine the result.
+        newer_than: a file that the result must not be older than.
     """
     note = result.with_name(result.name + ".step")
-    text = " ".join(command)
+    text = f"{' '.join(command)}\n{digest(made_from)}\n"
     old = newer_than is not None and note.exists() and note.stat().st_mtime < newer_than.stat().st_mtime
     if result.exists() and note.exists() and note.read_text() == text and not old:
         console.print(f"[dim]{title}: {result} is there[/dim]")
         return
-    run_step(title, [*command, *(stale if result.exists() else ())])
+    run_step(title, command)
     note.write_text(text)
 
 
@@ -189,6 +204,7 @@ def demo(folder: Path, bits: int) -> dict[str, Any]:
     )
     run_once("base model", ["python", "-m", "offline_quant.demo_model", str(base)], base)
     os.environ["HF_HUB_OFFLINE"] = "1"  # from here on everything is local
+    # --overwrite: an older checkpoint, or an interrupted run, was made from other sources.
     quantize = [
         "pvq",
         "quantize",
@@ -198,8 +214,9 @@ def demo(folder: Path, bits: int) -> dict[str, Any]:
         str(bits),
         "--calibration",
         "builtin",
+        "--overwrite",
     ]
-    run_once("quantize", quantize, checkpoint, stale=["--overwrite"])
+    run_once("quantize", quantize, checkpoint, made_from=QUANTIZER_SOURCES)
     measure = ["pvq", "eval", str(checkpoint), "--reference", str(base), "--json", str(evaluation)]
     run_once("evaluate", measure, evaluation, newer_than=checkpoint / "config.json")
     key = secrets.token_hex(16)

@@ -77,9 +77,10 @@ def serve(
             cpu_kv_cache_gib=cpu_kv_cache_gib,
             cpu_threads_bind=cpu_threads_bind,
         )
-        if read_config(model) is not None:
-            check_folder(model)
+        config = read_config(model)
         listener = bind(settings.host, settings.port)
+        if config is not None:
+            check_folder(model, config)
         from server import engine
 
         status = engine.run(model, settings, context.args, listener)

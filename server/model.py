@@ -12,8 +12,7 @@ from server.errors import ServerError
 
 CHECK_GROUP = "pvq.checkpoint_checks"
 """Group of entry points, functions of one folder, that run before the engine starts and raise for a folder
-that cannot be served. They let a quantization package look at its own checkpoints, which this package
-does not know.
+that cannot be served. The name of an entry is the quant_method it is for, so this package knows none of them.
 """
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -51,11 +50,10 @@ def read_config(model: str) -> dict[str, Any] | None:
     return config
 
 
-def check_folder(model: str) -> None:
-    """Run the installed checks of ``CHECK_GROUP`` on the folder ``model``; an exception of theirs passes
-    through.
-    """
-    for entry in importlib.metadata.entry_points(group=CHECK_GROUP):
+def check_folder(model: str, config: dict[str, Any]) -> None:
+    """Run the installed check for the quantization method in ``config``; its exception passes through."""
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    for entry in importlib.metadata.entry_points(group=CHECK_GROUP, name=str(method)):
         entry.load()(Path(model))
 
 

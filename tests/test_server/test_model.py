@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 
+from server import model as server_model
 from server.errors import ServerError
-from server.model import quantization_facts, read_config
+from server.model import check_folder, quantization_facts, read_config
 
 
 def test_config_of_a_folder_is_read(model_folder):
@@ -40,3 +41,24 @@ def test_a_bad_config_is_named(tmp_path, content, complaint):
 
 def test_an_unquantized_model_has_no_facts():
     assert quantization_facts({"model_type": "llama"}) is None
+
+
+def test_the_check_of_the_quantization_method_runs_and_no_other(monkeypatch, tmp_path):
+    seen = []
+
+    class Entry:
+        def __init__(self, name):
+            self.name = name
+
+        def load(self):
+            return lambda folder: seen.append((self.name, folder))
+
+    def entry_points(group, name):
+        assert group == "pvq.checkpoint_checks"
+        return [entry for entry in (Entry("pvq"), Entry("other")) if entry.name == name]
+
+    monkeypatch.setattr(server_model.importlib.metadata, "entry_points", entry_points)
+    check_folder(str(tmp_path), {"quantization_config": {"quant_method": "pvq"}})
+    assert seen == [("pvq", tmp_path)]
+    check_folder(str(tmp_path), {})
+    assert seen == [("pvq", tmp_path)]

@@ -20,7 +20,7 @@ def test_the_key_is_not_shown():
 
 def test_a_bad_value_is_named_with_flag_and_variable(monkeypatch):
     monkeypatch.setenv("PVQ_DRAIN_TIMEOUT_S", "soon")
-    with pytest.raises(ServerError, match="--drain-timeout-s .*PVQ_DRAIN_TIMEOUT_S"):
+    with pytest.raises(ServerError, match=r"--drain-timeout-s .*PVQ_DRAIN_TIMEOUT_S"):
         load_settings()
 
 
