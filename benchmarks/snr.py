@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Signal-to-noise ratio of the codebooks on i.i.d. Gaussian weights, in dB, amplitude included in the bits.
+
+    python benchmarks/snr.py [--rows 512] [--columns 4096]
+
+The rate-distortion bound is 6.02 dB a bit; Lloyd-Max is the best scalar quantizer (closed-form constants below).
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from pvq_vllm import canonical_ops, ops
+from pvq_vllm.codec.serving import SERVING
+
+TARGETS = {"pvq2": 10.1, "pvq3": 15.2, "pvq4": 20.7}
+LLOYD_MAX = {2: 9.30, 3: 14.62, 4: 20.22}  # Max 1960, Gaussian source
+CANONICAL = [(16, 12, 2), (16, 27, 4), (16, 58, 6), (128, 84, 4), (128, 187, 4), (128, 386, 4)]
+
+
+def decibels(weight: torch.Tensor, decoded: torch.Tensor) -> float:
+    return float(10 * torch.log10(weight.double().square().sum() / (weight.double() - decoded.double()).square().sum()))
+
+
+def int_round_to_nearest(weight: torch.Tensor, bits: int, group: int = 128) -> torch.Tensor:
+    """Symmetric absmax integers in groups, the usual baseline."""
+    groups = weight.reshape(weight.shape[0], -1, group)
+    scale = groups.abs().amax(dim=-1, keepdim=True) / (2 ** (bits - 1) - 1)
+    return ((groups / scale).round() * scale).reshape(weight.shape)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=512)
+    parser.add_argument("--columns", type=int, default=4096)
+    arguments = parser.parse_args()
+    weight = torch.randn(arguments.rows, arguments.columns, generator=torch.Generator().manual_seed(0))
+    table = Table(title=f"Gaussian weights, {arguments.rows} x {arguments.columns}, seed 0")
+    for column in ("quantizer", "bits a weight", "dB", "bound", "below bound", "target"):
+        table.add_column(column, justify="left" if column == "quantizer" else "right")
+
+    def row(name: str, bits: float, value: float, target: float | None = None) -> None:
+        bound = 20 * torch.log10(torch.tensor(2.0)).item() * bits
+        mark = "" if target is None else f"{target:.1f} {'reached' if value >= target else 'MISSED'}"
+        table.add_row(name, f"{bits:.3f}", f"{value:.2f}", f"{bound:.2f}", f"{bound - value:.2f}", mark)
+
+    for name, book in SERVING.items():
+        scale = ops.search_row_scale(weight, name)
+        _, q = ops.quantize_rows(weight, name, scale)
+        value = decibels(weight, (q + 0.5) * scale[:, None])
+        row(name, book.bytes_per_group + 16 / arguments.columns, value, TARGETS[name])
+    for group_size, num_pulses, amplitude_bits in CANONICAL:
+        packed, levels, scale = canonical_ops.encode_canonical(weight[:64], group_size, num_pulses, amplitude_bits)
+        q = canonical_ops.decode_canonical(packed, levels, group_size, num_pulses, amplitude_bits, arguments.columns)
+        bits = 8 * packed.shape[1] / arguments.columns + 16 / arguments.columns
+        value = decibels(weight[:64], q * scale.float()[:, None])
+        row(f"canonical D={group_size} K={num_pulses} b={amplitude_bits}", bits, value)
+    for bits in (2, 3, 4):
+        table.add_row(f"Lloyd-Max, {bits} bits (theory)", f"{bits:.3f}", f"{LLOYD_MAX[bits]:.2f}", "", "", "")
+    for bits in (3, 4):
+        row(f"int{bits} absmax, groups of 128", bits + 16 / 128, decibels(weight, int_round_to_nearest(weight, bits)))
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    main()
