@@ -7,6 +7,8 @@ best correction of the columns still to come is read off U, the upper Cholesky f
 Frantar et al. 2023; docs/quantizer.md).
 """
 
+from dataclasses import dataclass
+
 import torch
 
 from pvq_vllm.codec.errors import PVQError
@@ -31,6 +33,24 @@ class HessianSum:
     def mean(self) -> torch.Tensor:
         """Return H = X^T X / N, float32 [in_features, in_features]."""
         return self.total / max(1, self.num_tokens)
+
+
+@dataclass(frozen=True)
+class RotatedHessian:
+    """What error feedback needs of one input, shared by all linears that read it: R H R^T and the factor U of
+    its inverse.
+    """
+
+    hessian: torch.Tensor
+    factor: torch.Tensor
+
+    @classmethod
+    def of(cls, hessian: torch.Tensor, rotation) -> "RotatedHessian":
+        """Prepare H, float32 [in_features, in_features], for weights that ``rotation`` rotates (None: not
+        rotated).
+        """
+        rotated = rotate_hessian(hessian, rotation)
+        return cls(rotated, inverse_factor(rotated))
 
 
 def rotate_hessian(hessian: torch.Tensor, rotation) -> torch.Tensor:

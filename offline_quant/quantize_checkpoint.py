@@ -18,7 +18,7 @@ from pvq_vllm.codec.rotation import Rotation
 
 from .calibration import LayerwiseForward, calibration_tokens, text_digest
 from .checkpoint_writer import CheckpointWriter, check_destination, tensor_bytes
-from .hessian import HessianSum
+from .hessian import HessianSum, RotatedHessian
 from .model_card import model_card
 from .model_source import ModelSource
 from .plan import Settings, plan_checkpoint
@@ -157,6 +157,7 @@ class _Worker:
             parts,
         )
         self._forward: LayerwiseForward | None = None
+        self._prepared: tuple[HessianSum, tuple, RotatedHessian] | None = None
         self._passed = 0  # layers that the calibration batch has passed
 
     def order(self) -> Iterator[int]:
@@ -178,7 +179,10 @@ class _Worker:
             self._pass_layers(part.layer)
             with self._forward.loaded(part.layer) as module:
                 sums = self._forward.collect(part.layer, part.modules)
+                by_input: dict[int, list[str]] = {}
                 for name in part.modules:
+                    by_input.setdefault(id(sums.get(name)), []).append(name)
+                for name in (name for names in by_input.values() for name in names):
                     linear = module.get_submodule(
                         name.removeprefix(f"{self.source.layers_name}.{part.layer}.")
                     )
@@ -186,6 +190,7 @@ class _Worker:
                     linear.weight.data = restored.to(self._forward.dtype)
                     progress(name)
                 del sums
+                self._prepared = None
                 self._forward.advance(part.layer)
             self._passed = part.layer + 1
         else:
@@ -204,8 +209,9 @@ class _Worker:
         """Quantize one module into ``tensors`` and ``report``; return the weight it stands for, if asked."""
         spec = self.config.modules[name]
         weight = self.source.read(self.source.weight_name(name))
-        hessian = None if total is None else total.mean()
-        result = quantize_weight(weight, spec.codebook, self._rotation(name), hessian, restore)
+        rotation = self._rotation(name)
+        hessian = None if total is None else self._rotated_hessian(total, rotation)
+        result = quantize_weight(weight, spec.codebook, rotation, hessian, restore)
         for kind, tensor in result.tensors.items():
             tensors[f"{name}.{kind}"] = tensor
         report[name] = {
@@ -217,6 +223,13 @@ class _Worker:
             "output_snr_db": None if result.output_snr_db is None else round(result.output_snr_db, 3),
         }
         return result.dequantized
+
+    def _rotated_hessian(self, total: HessianSum, rotation: Rotation) -> RotatedHessian:
+        """Prepare a Hessian once for linears in a row that share their input (and then their rotation)."""
+        key = (rotation.blocks, *rotation.factors)
+        if self._prepared is None or self._prepared[0] is not total or self._prepared[1] != key:
+            self._prepared = (total, key, RotatedHessian.of(total.mean(), rotation))
+        return self._prepared[2]
 
     def _rotation(self, name: str) -> Rotation | None:
         spec = self.config.modules[name]

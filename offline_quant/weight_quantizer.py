@@ -24,7 +24,7 @@ from pvq_vllm.codec.errors import PVQError
 from pvq_vllm.codec.format import Codebook
 from pvq_vllm.codec.serving import SERVING
 
-from .hessian import inverse_factor, rotate_hessian
+from .hessian import RotatedHessian
 
 FEEDBACK_BLOCK = 128  # columns; as wide as GPTQ's, so the trailing update is a matrix product of useful size
 CHUNK_WEIGHTS = 1 << 24  # rows are independent, so a tall matrix is done in pieces of 64 MB float32
@@ -67,7 +67,7 @@ def quantize_weight(
     weight: torch.Tensor,
     codebook: Codebook,
     rotation=None,
-    hessian: torch.Tensor | None = None,
+    hessian: RotatedHessian | None = None,
     dequantize: bool = False,
 ) -> QuantizedWeight:
     """Quantize ``weight``; it is not modified.
@@ -76,24 +76,23 @@ def quantize_weight(
         weight: [out_features, in_features], any float dtype, finite.
         codebook: in_features must be a multiple of its group.
         rotation: ``codec.rotation.Rotation`` over in_features, or None for no rotation.
-        hessian: H = E[x x^T] of the unrotated input, float32 [in_features, in_features]; None rounds to
-            nearest, and so does ``canonical`` with it (its levels are fitted to all rows at once).
+        hessian: of the input and for this ``rotation``; None rounds to nearest, and so does ``canonical``
+            with it (its levels are fitted to all rows at once).
         dequantize: also return what the codes stand for.
     Raises:
         PVQError: in_features does not fit the codebook.
     """
     out_features, in_features = weight.shape
     codebook.packed_shape(out_features, in_features)
-    rotated_hessian = None if hessian is None else rotate_hessian(hessian, rotation)
+    metric = None if hessian is None else hessian.hessian
     if codebook.name == "canonical":
-        return _quantize_canonical(weight, codebook, rotation, rotated_hessian, dequantize)
-    factor = None if rotated_hessian is None else inverse_factor(rotated_hessian)
+        return _quantize_canonical(weight, codebook, rotation, metric, dequantize)
     packed, scales, restored, energy = [], [], [], _Energy()
     for rows in weight.split(max(1, CHUNK_WEIGHTS // in_features)):
         rotated = _rotate(rows, rotation)
-        codes, scale, q = _quantize_chunk(rotated, codebook, factor, rotated_hessian)
+        codes, scale, q = _quantize_chunk(rotated, codebook, hessian)
         approximation = (q.float() + codebook.h / 2) * scale[:, None]
-        energy.add(rotated, rotated - approximation, rotated_hessian)
+        energy.add(rotated, rotated - approximation, metric)
         packed.append(codes)
         scales.append(scale.to(torch.float16))
         if dequantize:
@@ -116,7 +115,7 @@ def _unrotate(rows: torch.Tensor, rotation) -> torch.Tensor:
 
 
 def _quantize_chunk(
-    weight: torch.Tensor, codebook: Codebook, factor: torch.Tensor | None, hessian: torch.Tensor | None
+    weight: torch.Tensor, codebook: Codebook, hessian: RotatedHessian | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (codes uint8 [m, n / 8, B], row scale float32 [m] on the float16 grid, q int8 [m, n]) of rotated
     rows.
@@ -126,11 +125,12 @@ def _quantize_chunk(
         scale > 0
     )  # a row of zeros, or one below float16: stored with the scale 0, whatever its codes
     working_scale = torch.where(is_zero, 1.0, scale)
-    if factor is None:
+    if hessian is None:
         codes, q = ops.quantize_rows(weight, codebook.name, working_scale)
     else:
-        codes, q = feedback(weight, factor, codebook.name, working_scale)
-    fitted = _fit_scale(weight, q.float() + codebook.h / 2, hessian, working_scale)
+        codes, q = feedback(weight, hessian.factor, codebook.name, working_scale)
+    metric = None if hessian is None else hessian.hessian
+    fitted = _fit_scale(weight, q.float() + codebook.h / 2, metric, working_scale)
     return codes, torch.where(is_zero, 0.0, fitted), q
 
 

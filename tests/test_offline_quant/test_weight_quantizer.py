@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from offline_quant.hessian import HessianSum, inverse_factor, rotate_hessian
+from offline_quant.hessian import HessianSum, RotatedHessian, inverse_factor, rotate_hessian
 from offline_quant.weight_quantizer import dequantize_weight, feedback, quantize_weight
 from pvq_vllm import ops
 from pvq_vllm.codec.errors import PVQError
@@ -118,7 +118,7 @@ def test_quantized_tensors_fit_the_format_and_decode_to_what_was_promised(codebo
     before = weight.clone()
     rotation = rotation_of(96)
     inputs = correlated_inputs(300, 96)
-    hessian = inputs.T @ inputs / 300 if with_hessian else None
+    hessian = RotatedHessian.of(inputs.T @ inputs / 300, rotation) if with_hessian else None
     result = quantize_weight(weight, codebook, rotation, hessian, dequantize=True)
     assert torch.equal(weight, before)
     names = {"U8": torch.uint8, "F16": torch.float16, "F32": torch.float32}
@@ -141,7 +141,7 @@ def test_feedback_lowers_the_output_error(name):
     weight = torch.randn(32, 192, generator=torch.Generator().manual_seed(4))
     rotation = rotation_of(192)
     inputs = correlated_inputs(1000, 192)
-    hessian = inputs.T @ inputs / 1000
+    hessian = RotatedHessian.of(inputs.T @ inputs / 1000, rotation)
     plain = quantize_weight(weight, Codebook(name), rotation, None, dequantize=True)
     fed_back = quantize_weight(weight, Codebook(name), rotation, hessian, dequantize=True)
 
@@ -163,7 +163,7 @@ def test_rows_of_zeros_stay_zero():
     weight[1] = 0
     weight[2] = 1e-12  # below float16 once divided by the codebook's rms
     for codebook in CODEBOOKS:
-        for hessian in (None, torch.eye(64)):
+        for hessian in (None, RotatedHessian.of(torch.eye(64), None)):
             result = quantize_weight(weight, codebook, rotation_of(64), hessian, dequantize=True)
             assert result.tensors["weight_scale"][1] == 0 and result.dequantized[1].abs().max() == 0
             assert result.dequantized.isfinite().all()
@@ -171,9 +171,10 @@ def test_rows_of_zeros_stay_zero():
 
 def test_tall_matrices_are_done_in_pieces_with_the_same_result(monkeypatch):
     weight = torch.randn(37, 48)
-    whole = quantize_weight(weight, Codebook("pvq4"), rotation_of(48), torch.eye(48), dequantize=True)
+    hessian = RotatedHessian.of(torch.eye(48), None)
+    whole = quantize_weight(weight, Codebook("pvq4"), rotation_of(48), hessian, dequantize=True)
     monkeypatch.setattr("offline_quant.weight_quantizer.CHUNK_WEIGHTS", 48 * 10)
-    pieces = quantize_weight(weight, Codebook("pvq4"), rotation_of(48), torch.eye(48), dequantize=True)
+    pieces = quantize_weight(weight, Codebook("pvq4"), rotation_of(48), hessian, dequantize=True)
     assert all(torch.equal(whole.tensors[kind], pieces.tensors[kind]) for kind in whole.tensors)
     assert torch.equal(whole.dequantized, pieces.dequantized)
     assert whole.weight_snr_db == pytest.approx(pieces.weight_snr_db)
