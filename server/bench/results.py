@@ -100,9 +100,9 @@ def load_label(load: float | None) -> str:
 
 def table(points: Sequence[LoadPoint], axis: str) -> Table:
     """Return ``points`` as a table for the terminal; ``axis`` says what the load is."""
-    names = (axis.replace("_", "\n"), "done", "failed", "TTFT ms\np50 / p99", "per token ms\np50 / p99")
+    names = (axis.replace("_", "\n"), "done", "failed", "TTFT ms\np50 / p99", "token ms\np50 / p99")
     result = Table(title="Load test")
-    for name in (*names, "tokens/s", "requests/s"):
+    for name in (*names, "tokens\nper s", "requests\nper s"):
         result.add_column(name, justify="right", no_wrap=True)
     for point in points:
         pairs = (
