@@ -13,6 +13,8 @@ import torch
 
 from pvq_vllm.codec.errors import PVQError
 
+from .rotation import rotate_rows
+
 DAMPING = 0.01  # of the mean of the diagonal: GPTQ's value
 MAX_TRIES = 6  # each with ten times the damping: 0.01 ... 1000
 
@@ -57,9 +59,7 @@ def rotate_hessian(hessian: torch.Tensor, rotation) -> torch.Tensor:
     """Return R H R^T, the Hessian of the rotated activations R x; ``hessian`` itself when ``rotation`` is
     None.
     """
-    if rotation is None:
-        return hessian
-    return rotation.rotate(rotation.rotate(hessian).T.contiguous())
+    return rotate_rows(rotate_rows(hessian, rotation).T.contiguous(), rotation)
 
 
 def inverse_factor(hessian: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:

@@ -25,6 +25,7 @@ from pvq_vllm.codec.format import Codebook
 from pvq_vllm.codec.serving import SERVING
 
 from .hessian import RotatedHessian
+from .rotation import rotate_rows, unrotate_rows
 
 FEEDBACK_BLOCK = 128  # columns; as wide as GPTQ's, so the trailing update is a matrix product of useful size
 CHUNK_WEIGHTS = 1 << 24  # rows are independent, so a tall matrix is done in pieces of 64 MB float32
@@ -89,29 +90,20 @@ def quantize_weight(
         return _quantize_canonical(weight, codebook, rotation, metric, dequantize)
     packed, scales, restored, energy = [], [], [], _Energy()
     for rows in weight.split(max(1, CHUNK_WEIGHTS // in_features)):
-        rotated = _rotate(rows, rotation)
+        rotated = rotate_rows(rows.float(), rotation)
         codes, scale, q = _quantize_chunk(rotated, codebook, hessian)
         approximation = (q.float() + codebook.h / 2) * scale[:, None]
         energy.add(rotated, rotated - approximation, metric)
         packed.append(codes)
         scales.append(scale.to(torch.float16))
         if dequantize:
-            restored.append(_unrotate(approximation, rotation).to(weight.dtype))
+            restored.append(unrotate_rows(approximation, rotation).to(weight.dtype))
     return QuantizedWeight(
         {"weight_packed": torch.cat(packed), "weight_scale": torch.cat(scales)},
         energy.decibel(*energy.sums[:2]),
         None if hessian is None else energy.decibel(*energy.sums[2:]),
         torch.cat(restored) if dequantize else None,
     )
-
-
-def _rotate(rows: torch.Tensor, rotation) -> torch.Tensor:
-    rows = rows.to(torch.float32, copy=True)
-    return rows if rotation is None else rotation.rotate(rows)
-
-
-def _unrotate(rows: torch.Tensor, rotation) -> torch.Tensor:
-    return rows if rotation is None else rotation.unrotate(rows)
 
 
 def _quantize_chunk(
@@ -193,7 +185,7 @@ def _quantize_canonical(
     weight: torch.Tensor, codebook: Codebook, rotation, hessian: torch.Tensor | None, dequantize: bool
 ) -> QuantizedWeight:
     """All rows at once, since they share the amplitude levels."""
-    rotated = _rotate(weight, rotation)
+    rotated = rotate_rows(weight.float(), rotation)
     packed, levels, scale = encode_canonical(
         rotated, codebook.group_size, codebook.num_pulses, codebook.amplitude_bits
     )
@@ -205,7 +197,7 @@ def _quantize_canonical(
         tensors,
         energy.decibel(*energy.sums[:2]),
         None if hessian is None else energy.decibel(*energy.sums[2:]),
-        _unrotate(approximation, rotation).to(weight.dtype) if dequantize else None,
+        unrotate_rows(approximation, rotation).to(weight.dtype) if dequantize else None,
     )
 
 
@@ -252,6 +244,6 @@ def dequantize_weight(
         rows = slice(start, start + step)
         part = {name: tensors[name][rows] for name in ("weight_packed", "weight_scale")}
         chunks.append(
-            _unrotate(dequantize_rotated({**others, **part}, codebook, in_features), rotation).to(dtype)
+            unrotate_rows(dequantize_rotated({**others, **part}, codebook, in_features), rotation).to(dtype)
         )
     return torch.cat(chunks)
