@@ -5,7 +5,7 @@
 // multiple of 8 columns works without a tail, and a decoded block is a B tile of AMX as it stands. Per block and group of eight:
 //
 //   pvq4  64 B   16 x uint16 code | signs of weights 0-3 (bit 4 * lane + i) | signs of 4-7 | refinement of 0-3 | of 4-7
-//   pvq3  48 B   16 x uint16 code | signs 0-3 | signs 4-7
+//   pvq3  48 B   16 x uint16 code | signs 0-3 | signs 4-7       (code: gain index in bits 0-2, shape above, unlike the file)
 //   pvq2  32 B   16 x uint8 code  | signs 0-3 | signs 4-7
 //   int8 128 B   the panel itself
 //
@@ -36,8 +36,8 @@ struct DotArgs {
 enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 struct FinishArgs {           // format.md §7 for one block of 16 rows
-  const std::int32_t* sums;   // [num_planes * num_tokens, sum_stride]: plane 0 of all tokens, then plane 1
-  std::int64_t sum_stride, num_tokens;
+  const std::int32_t* sums;   // of plane 0, token 0; [num_tokens, sum_stride]
+  std::int64_t sum_stride, plane_stride, num_tokens;  // plane_stride: elements from a token's plane 0 to its plane 1
   int num_planes, activation_offset, half_offset;  // half_offset: h
   const float* row_scale;          // [kLanes]
   const std::int32_t* row_sum;     // [kLanes]

@@ -44,9 +44,8 @@ struct Decoder {
   inline Decoded operator()(const std::uint8_t* group, int half) const {
     const __m256i code =
         _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(group + 16 * half)));
-    const __m256i word = _mm256_i32gather_epi32(digits, _mm256_and_si256(code, _mm256_set1_epi32(8191)), 4);
-    const __m256i gain = _mm256_srli_epi32(code, 13);
-    const __m256i step = _mm256_permutevar8x32_epi32(steps, gain), base = _mm256_permutevar8x32_epi32(bases, gain);
+    const __m256i word = _mm256_i32gather_epi32(digits, _mm256_srli_epi32(code, 3), 4);
+    const __m256i step = _mm256_permutevar8x32_epi32(steps, code), base = _mm256_permutevar8x32_epi32(bases, code);
     constexpr int r = kBook.refinement_bits;
     const __m256i digit_mask = _mm256_set1_epi8(15 << r);
     __m256i low = _mm256_and_si256(_mm256_slli_epi32(word, r), digit_mask);

@@ -46,9 +46,9 @@ struct Decoder {
   inline Decoded operator()(const std::uint8_t* group) const {
     const __m512i ones = _mm512_set1_epi8(-1);
     const __m512i code = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(group)));
-    const __m512i word = _mm512_i32gather_epi32(_mm512_and_si512(code, _mm512_set1_epi32(8191)), digits, 4);
-    const __m512i gain = _mm512_srli_epi32(code, 13);
-    const __m512i step = _mm512_permutexvar_epi32(gain, ladder.step), base = _mm512_permutexvar_epi32(gain, ladder.base);
+    const __m512i word = _mm512_i32gather_epi32(_mm512_srli_epi32(code, 3), digits, 4);
+    // vpermd looks at the low four bits: the gain, and one bit of the shape that the doubled ladder ignores.
+    const __m512i step = _mm512_permutexvar_epi32(code, ladder.step), base = _mm512_permutexvar_epi32(code, ladder.base);
     constexpr int r = kBook.refinement_bits;
     const __m512i digit_mask = _mm512_set1_epi8(15 << r);
     __m512i low = _mm512_and_si512(_mm512_slli_epi32(word, r), digit_mask);

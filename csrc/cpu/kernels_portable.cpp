@@ -23,8 +23,8 @@ inline void decode_group(const std::uint8_t* group, std::int8_t* panel /* [2][kL
       gain = kBook.gains[shape < num_compositions(kGroupSize, kBook.pyramids[0]) ? 0 : 1][code >> 7];
     } else {
       const int code = group[2 * lane] | group[2 * lane + 1] << 8;
-      unpack_digits(digits[code & 8191], m);
-      gain = kBook.gains[0][code >> 13];
+      unpack_digits(digits[code >> 3], m);
+      gain = kBook.gains[0][code & 7];
     }
     for (int i = 0; i < kGroupSize; ++i) {
       const int bit = 4 * lane + (i & 3), byte = 8 * (i >> 2) + (bit >> 3);

@@ -15,6 +15,7 @@ namespace {
 
 constexpr std::int64_t kAmxColumns = 64;       // columns of a tile
 constexpr std::int64_t kAmxRows = 32;          // activation rows of a step
+constexpr std::int64_t kPanelCacheBytes = 768 << 10;  // decoded weights that a core works through tile by tile
 constexpr std::int64_t kAmxMinRows = 4;        // below, decoding dominates and vpdpbusd is as fast
 constexpr std::int64_t kSerialWeights = 1 << 17;  // weights times rows that are not worth waking a thread for
 
@@ -101,24 +102,27 @@ struct Product {
   const CpuKernels& kernels;
   const Activations& a;
 
-  FinishArgs finish_args(const Segment& segment, std::int64_t block, const std::int32_t* sums, std::int64_t sum_stride) const {
+  // Tokens [first_token, first_token + num_tokens) of one block; `sums` points at the first of them.
+  FinishArgs finish_args(const Segment& segment, std::int64_t block, std::int64_t first_token, std::int64_t num_tokens,
+                         const std::int32_t* sums, std::int64_t sum_stride, std::int64_t plane_stride) const {
     const std::int64_t first = block * kLanes, packed = segment.packed_row + first, output = segment.output_row + first;
     const std::size_t bytes = dtype_bytes(args.dtype);
     FinishArgs f{};
     f.sums = sums;
     f.sum_stride = sum_stride;
-    f.num_tokens = args.num_tokens;
+    f.plane_stride = plane_stride;
+    f.num_tokens = num_tokens;
     f.num_planes = plan.num_planes;
     f.activation_offset = a.offset;
     f.half_offset = segment.codebook == CodebookId::kInt8 ? 0 : 1;
     f.row_scale = args.row_scale + packed;
     f.row_sum = args.row_sum + packed;
-    f.token_sum = a.token_sum;
+    f.token_sum = a.token_sum + first_token;
     f.token_stride = args.num_tokens;
-    f.token_scale = a.token_scale;
+    f.token_scale = a.token_scale + first_token;
     f.bias = args.bias == nullptr ? nullptr : static_cast<const char*>(args.bias) + static_cast<std::size_t>(output) * bytes;
     f.dtype = args.dtype;
-    f.y = static_cast<char*>(args.y) + static_cast<std::size_t>(output) * bytes;
+    f.y = static_cast<char*>(args.y) + static_cast<std::size_t>(first_token * plan.out_features + output) * bytes;
     f.y_stride = plan.out_features;
     f.num_lanes = static_cast<int>(std::min<std::int64_t>(kLanes, segment.rows - first));
     return f;
@@ -148,37 +152,47 @@ struct Product {
         dot.sums = sums + row * kLanes;
         function(dot);
       }
-      kernels.finish(finish_args(segment, block, sums, kLanes));
+      kernels.finish(finish_args(segment, block, 0, args.num_tokens, sums, kLanes, args.num_tokens * kLanes));
     }
   }
 
-  // The same for pairs of blocks on AMX tiles.
+  // The same for pairs of blocks on AMX tiles. As many pairs as the second-level cache holds are decoded at once; then each tile of
+  // tokens meets all of them, so that its activations are read and its outputs written close together.
   void by_tile(const Segment& segment, std::int64_t begin, std::int64_t end) const {
-    thread_local Scratch panel_scratch, sum_scratch;
-    const std::int64_t rows = plan.num_planes * args.num_tokens, groups = plan.in_features / kGroupSize;
-    const std::int64_t padded = round_up(plan.in_features, kAmxColumns), panel_bytes = padded * kLanes;
+    thread_local Scratch panel_scratch;
+    alignas(64) std::int32_t sums[2 * kAmxRows * 2 * kLanes];  // [plane, token, lane of either block]
+    constexpr std::int64_t kPlaneStride = kAmxRows * 2 * kLanes;
+    const std::int64_t groups = plan.in_features / kGroupSize, padded = round_up(plan.in_features, kAmxColumns);
+    const std::int64_t panel_bytes = padded * kLanes;
     const int book = static_cast<int>(segment.codebook);
-    std::int32_t* sums = sum_scratch.get<std::int32_t>(round_up(rows, kAmxRows) * 2 * kLanes);
-    std::int8_t* panels = panel_scratch.get<std::int8_t>(2 * panel_bytes);
+    const bool decode = kernels.decode[book] != nullptr, in_place = !decode && padded == plan.in_features;
+    const std::int64_t held = std::max<std::int64_t>(2, kPanelCacheBytes / panel_bytes / 2 * 2);
+    std::int8_t* panels = panel_scratch.get<std::int8_t>(std::min(held, round_up(end - begin, 2)) * panel_bytes);
     amx_configure();
-    for (std::int64_t block = begin; block < end; block += 2) {
-      const int count = block + 1 < end ? 2 : 1;
-      const std::int8_t* panel[2];
-      for (int i = 0; i < count; ++i) {
-        const std::uint8_t* packed = args.weight + segment.weight_offset + (block + i) * groups * kBlockBytes[book];
-        std::int8_t* to = panels + i * panel_bytes;
-        if (kernels.decode[book] != nullptr) {
-          kernels.decode[book](packed, static_cast<int>(groups), to);
-          panel[i] = to;
-        } else if (padded == plan.in_features) {
-          panel[i] = reinterpret_cast<const std::int8_t*>(packed);
-        } else {  // tiles reach past the last column: activations are 0 there, the memory has to exist
-          std::memcpy(to, packed, static_cast<std::size_t>(plan.in_features * kLanes));
-          panel[i] = to;
+    for (std::int64_t first = begin; first < end; first += held) {
+      const std::int64_t count = std::min(held, end - first);
+      const std::uint8_t* packed = args.weight + segment.weight_offset + first * groups * kBlockBytes[book];
+      const std::int8_t* panel = in_place ? reinterpret_cast<const std::int8_t*>(packed) : panels;
+      for (std::int64_t i = 0; !in_place && i < count; ++i) {
+        const std::uint8_t* from = packed + i * groups * kBlockBytes[book];
+        if (decode) {
+          kernels.decode[book](from, static_cast<int>(groups), panels + i * panel_bytes);
+        } else {  // tiles reach past the last column: activations are 0 there, but the memory has to exist
+          std::memcpy(panels + i * panel_bytes, from, static_cast<std::size_t>(plan.in_features * kLanes));
         }
       }
-      amx_dot(panel[0], panel[count - 1], padded, a.rows, a.stride, rows, sums);
-      for (int i = 0; i < count; ++i) kernels.finish(finish_args(segment, block + i, sums + i * kLanes, 2 * kLanes));
+      for (std::int64_t token = 0; token < args.num_tokens; token += kAmxRows) {
+        const std::int64_t num_tokens = std::min(kAmxRows, args.num_tokens - token);
+        for (std::int64_t i = 0; i < count; i += 2) {
+          const std::int8_t* low = panel + i * panel_bytes;
+          const std::int8_t* high = i + 1 < count ? low + panel_bytes : low;
+          for (int plane = 0; plane < plan.num_planes; ++plane)
+            amx_dot(low, high, padded, a.rows + (plane * args.num_tokens + token) * a.stride, a.stride, num_tokens,
+                    sums + plane * kPlaneStride);
+          for (std::int64_t half = 0; half < 2 && i + half < count; ++half)
+            kernels.finish(finish_args(segment, first + i + half, token, num_tokens, sums + half * kLanes, 2 * kLanes, kPlaneStride));
+        }
+      }
     }
     amx_release();
   }
@@ -235,7 +249,7 @@ void linear(const LinearPlan& plan, const LinearArgs& args) {
   Activations a{};
   a.stride = tiles ? round_up(plan.in_features, kAmxColumns) : plan.in_features;
   a.offset = tiles ? 0 : kernels.activation_offset;
-  a.rows = rows_scratch.get<std::uint8_t>(round_up(rows, kAmxRows) * a.stride);
+  a.rows = rows_scratch.get<std::uint8_t>((rows + kAmxRows) * a.stride);  // tiles read whole, whatever is behind the last row
   a.token_scale = scale_scratch.get<float>(args.num_tokens);
   a.token_sum = sum_scratch.get<std::int32_t>(rows);
   quantize_all(plan, kernels, args.x, args.dtype, args.num_tokens, a);

@@ -54,10 +54,14 @@ void pack_group(CodebookId id, const std::uint8_t* bytes, int lane, std::uint8_t
       break;
     case CodebookId::kPvq3:
     case CodebookId::kPvq4:
-      std::memcpy(out + 2 * lane, bytes, 2);
+    {
+      const unsigned code = bytes[0] | static_cast<unsigned>(bytes[1]) << 8;
+      const std::uint16_t turned = static_cast<std::uint16_t>(code << 3 | code >> 13);  // the gain first: see kernels.h
+      std::memcpy(out + 2 * lane, &turned, 2);
       set_bits(out + 32, lane, bytes[2]);
       if (id == CodebookId::kPvq4) set_bits(out + 48, lane, bytes[3]);
       break;
+    }
     case CodebookId::kInt8:
       std::memcpy(out + 4 * lane, bytes, 4);
       std::memcpy(out + 64 + 4 * lane, bytes + 4, 4);

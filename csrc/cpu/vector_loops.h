@@ -195,12 +195,6 @@ inline std::uint16_t half_from_float(float value) {
   return static_cast<std::uint16_t>(sign | (magnitude + 0xfffu + (magnitude >> 13 & 1u) - 0x38000000u) >> 13);
 }
 
-inline std::uint16_t bfloat_from_float(float value) {
-  const std::uint32_t bits = bits_from_float(value);
-  const std::uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-  return static_cast<std::uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16 | 64u) : rounded);
-}
-
 inline void widen_to_float(const void* x, DType dtype, std::int64_t n, float* y) {
   if (dtype == DType::kFloat32) {
     __builtin_memcpy(y, x, static_cast<std::size_t>(n) * sizeof(float));
@@ -219,49 +213,52 @@ void load(const void* x, DType dtype, const float* signs, std::int64_t n, float*
     for (std::int64_t i = 0; i < n; ++i) y[i] *= signs[i];
 }
 
-inline void store_lanes(const float* value, DType dtype, int num_lanes, void* y, std::int64_t offset) {
-  if (dtype == DType::kFloat32) {
-    float* to = static_cast<float*>(y) + offset;
-    for (int lane = 0; lane < num_lanes; ++lane) to[lane] = value[lane];
-    return;
-  }
-  std::uint16_t narrow[kLanes];
+typedef float Lanes16f __attribute__((vector_size(64), aligned(4)));
+typedef std::int32_t Lanes16i __attribute__((vector_size(64), aligned(4)));
+typedef std::uint32_t Lanes16u __attribute__((vector_size(64)));
+typedef std::uint16_t Lanes16h __attribute__((vector_size(32), aligned(2)));
+
+inline void store_lanes(Lanes16f value, DType dtype, int num_lanes, void* y, std::int64_t offset) {
   if (dtype == DType::kBFloat16) {
-    for (int lane = 0; lane < kLanes; ++lane) narrow[lane] = bfloat_from_float(value[lane]);
+    const Lanes16u bits = (Lanes16u)value;
+    const Lanes16u rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, quiet = (bits >> 16) | 64u;
+    const Lanes16h narrow = __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded, Lanes16h);
+    __builtin_memcpy(static_cast<std::uint16_t*>(y) + offset, &narrow, static_cast<std::size_t>(num_lanes) * 2);
+  } else if (dtype == DType::kFloat32) {
+    __builtin_memcpy(static_cast<float*>(y) + offset, &value, static_cast<std::size_t>(num_lanes) * 4);
   } else {
-    for (int lane = 0; lane < kLanes; ++lane) narrow[lane] = half_from_float(value[lane]);
+    std::uint16_t* to = static_cast<std::uint16_t*>(y) + offset;
+    for (int lane = 0; lane < num_lanes; ++lane) to[lane] = half_from_float(value[lane]);
   }
-  std::uint16_t* to = static_cast<std::uint16_t*>(y) + offset;
-  if (num_lanes == kLanes) {
-    __builtin_memcpy(to, narrow, sizeof narrow);
-  } else {
-    for (int lane = 0; lane < num_lanes; ++lane) to[lane] = narrow[lane];
+}
+
+template <bool kFull>
+inline void finish_tokens(const FinishArgs& p) {
+  const int num_lanes = kFull ? kLanes : p.num_lanes;
+  float bias_values[kLanes] = {};
+  if (p.bias != nullptr) widen_to_float(p.bias, p.dtype, num_lanes, bias_values);
+  const Lanes16f bias = *reinterpret_cast<const Lanes16f*>(bias_values);
+  const Lanes16f half_scale = *reinterpret_cast<const Lanes16f*>(p.row_scale) * 0.5f;
+  const Lanes16i correction = *reinterpret_cast<const Lanes16i*>(p.row_sum) * p.activation_offset;
+  for (std::int64_t token = 0; token < p.num_tokens; ++token) {
+    const std::int32_t* sums = p.sums + token * p.sum_stride;
+    const Lanes16i sum = (*reinterpret_cast<const Lanes16i*>(sums) - correction) * 2 + p.half_offset * p.token_sum[token];
+    Lanes16f value = __builtin_convertvector(sum, Lanes16f);
+    if (p.num_planes == 2) {
+      const Lanes16i low = (*reinterpret_cast<const Lanes16i*>(sums + p.plane_stride) - correction) * 2 +
+                           p.half_offset * p.token_sum[p.token_stride + token];
+      value = value * 256.0f + __builtin_convertvector(low, Lanes16f);
+    }
+    value = (value * half_scale) * p.token_scale[token];
+    if (p.bias != nullptr) value += bias;
+    store_lanes(value, p.dtype, num_lanes, p.y, token * p.y_stride);
   }
 }
 
 void finish(const FinishArgs& p) {
-  float half_scale[kLanes], bias[kLanes] = {};
-  std::int32_t correction[kLanes];
-  for (int lane = 0; lane < kLanes; ++lane) {
-    half_scale[lane] = p.row_scale[lane] * 0.5f;
-    correction[lane] = p.activation_offset * p.row_sum[lane];
-  }
-  if (p.bias != nullptr) widen_to_float(p.bias, p.dtype, p.num_lanes, bias);
-  for (std::int64_t token = 0; token < p.num_tokens; ++token) {
-    const std::int32_t* sums = p.sums + token * p.sum_stride;
-    const std::int32_t token_sum = p.half_offset * p.token_sum[token];
-    const float token_scale = p.token_scale[token];
-    float value[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) value[lane] = static_cast<float>(2 * (sums[lane] - correction[lane]) + token_sum);
-    if (p.num_planes == 2) {
-      const std::int32_t* low = sums + p.num_tokens * p.sum_stride;
-      const std::int32_t low_sum = p.half_offset * p.token_sum[p.token_stride + token];
-      for (int lane = 0; lane < kLanes; ++lane)
-        value[lane] = value[lane] * 256.0f + static_cast<float>(2 * (low[lane] - correction[lane]) + low_sum);
-    }
-    for (int lane = 0; lane < kLanes; ++lane) value[lane] = (value[lane] * half_scale[lane]) * token_scale;
-    if (p.bias != nullptr)
-      for (int lane = 0; lane < kLanes; ++lane) value[lane] += bias[lane];
-    store_lanes(value, p.dtype, p.num_lanes, p.y, token * p.y_stride);
+  if (p.num_lanes == kLanes) {
+    finish_tokens<true>(p);
+  } else {
+    finish_tokens<false>(p);
   }
 }
