@@ -247,7 +247,8 @@ void linear(const LinearPlan& plan, const LinearArgs& args) {
   const std::int64_t rows = plan.num_planes * args.num_tokens;
   const bool tiles = amx_active() && rows >= kAmxMinRows;
   Activations a{};
-  a.stride = tiles ? round_up(plan.in_features, kAmxColumns) : plan.in_features;
+  // An odd number of cache lines a row: rows a power of two apart would share a few sets of the cache.
+  a.stride = tiles ? (round_up(plan.in_features, kAmxColumns) / kAmxColumns | 1) * kAmxColumns : plan.in_features;
   a.offset = tiles ? 0 : kernels.activation_offset;
   a.rows = rows_scratch.get<std::uint8_t>((rows + kAmxRows) * a.stride);  // tiles read whole, whatever is behind the last row
   a.token_scale = scale_scratch.get<float>(args.num_tokens);

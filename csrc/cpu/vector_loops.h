@@ -70,16 +70,21 @@ inline void swap_axes(const float* in, float* out, std::int64_t outer, std::int6
     }
 }
 
-// The stages h < 16 stay in one vector: lane i becomes a + b or a - b with a, b the lanes whose bit h is clear and set.
+// The stages h < 16 stay in one vector: with a, b the lanes whose bit h is clear and set, lane a becomes b + a and lane b becomes
+// a - b, both partner + (+-1) * self.
 inline void butterflies_in_vector(float* y, std::int64_t width, std::int64_t order) {
-  typedef float Vector __attribute__((vector_size(64), aligned(4)));
+  using Vector = ChunkOf<16>::Type;
   typedef std::int32_t Lanes __attribute__((vector_size(64)));
   const Lanes lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   for (std::int64_t base = 0; base < width; base += 16) {
     Vector v = *reinterpret_cast<const Vector*>(y + base);
     for (int h = 1; h < 16 && h < order; h *= 2) {
-      const Vector partner = __builtin_shuffle(v, lane ^ h);
-      v = (lane & h) == 0 ? v + partner : partner - v;
+      const Vector partner = __builtin_shuffle(v, lane ^ h), one = Vector{} + 1.0f, sign = (lane & h) == 0 ? one : -one;
+#ifdef __AVX512F__
+      v = (Vector)_mm512_fmadd_ps((__m512)v, (__m512)sign, (__m512)partner);
+#else
+      v = partner + v * sign;
+#endif
     }
     *reinterpret_cast<Vector*>(y + base) = v;
   }
