@@ -224,8 +224,6 @@ def eval_(
             dtypes[dtype],
             lambda done: bar.update(task, completed=done),
         )
-    if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=2) + "\n")
     table = Table("", "value", "95% confidence")
     for key in ("perplexity", "perplexity_reference", "kl_divergence", "top1_agreement"):
         interval = result[f"{key}_ci95"]
@@ -233,3 +231,10 @@ def eval_(
             key, f"{result[key]:.4f}", "" if interval is None else f"{interval[0]:.4f} ... {interval[1]:.4f}"
         )
     Console().print(table)
+    if json_file is not None:
+        try:
+            json_file.write_text(json.dumps(result, indent=2) + "\n")
+        except OSError as error:
+            raise PVQError(
+                f"--json {json_file} cannot be written ({error.strerror}): name another file"
+            ) from error

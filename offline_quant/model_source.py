@@ -232,7 +232,7 @@ def decoder_layers_name(folder: Path, skeleton: nn.Module) -> str:
             return name
     raise PVQError(
         f"{folder / 'config.json'}: no list of {depth} decoder layers in {type(skeleton).__name__}: "
-        "not supported"
+        "models of this shape cannot be quantized, give another one"
     )
 
 

@@ -146,14 +146,15 @@ def plan_checkpoint(source: ModelSource, settings: Settings) -> CheckpointConfig
     modules: dict[str, ModuleSpec] = {}
     for name, codebook in chosen.items():
         out_features, in_features = source.weight_shape(name)
-        expected_tensors(name, codebook, out_features, in_features)
         splits = settings.tensor_parallel if name.rpartition(".")[2] in ROW_PARALLEL else 1
         try:
+            expected_tensors(name, codebook, out_features, in_features)
             blocks, orders = rotation_layout(in_features, splits)
         except PVQError as error:
-            raise PVQError(
-                f"{name}: {error}; or leave it unquantized with --override '{re.escape(name)}=16'"
-            ) from error
+            remedy = "lower --tensor-parallel, or leave" if splits > 1 else "leave"
+            option = "--lm-head 16" if name == source.head_name else f"--override '{re.escape(name)}=16'"
+            where = "" if name in str(error) else f"{name}: "
+            raise PVQError(f"{where}{error}: {remedy} it unquantized with {option}") from error
         factors[in_features // blocks] = list(orders)
         modules[name] = ModuleSpec(codebook, blocks)
     if settings.embedding_bits < 16:

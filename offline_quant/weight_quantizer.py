@@ -210,7 +210,7 @@ def decode_levels(tensors: Mapping[str, torch.Tensor], codebook: Codebook, in_fe
     scale = tensors["weight_scale"]
     bad = torch.nonzero(~(scale.isfinite() & (scale >= 0)))
     if len(bad):
-        raise PVQError(f"row {bad[0].item()} has the scale {scale[bad[0]].item()}; the tensor is damaged")
+        raise PVQError(f"row {bad[0].item()} has the scale {scale[bad[0]].item()}: copy the checkpoint again")
     if codebook.name == "canonical":
         return decode_canonical(
             tensors["weight_packed"],

@@ -199,7 +199,8 @@ class PVQHfQuantizer(HfQuantizer):
                 names[name] = name.removeprefix(base)
             elif name != "lm_head":
                 raise PVQError(
-                    f"config.json lists '{name}' as quantized, but {type(model).__name__} has no such module"
+                    f"config.json lists '{name}' as quantized, but {type(model).__name__} has no such module: "
+                    "copy config.json again"
                 )
         shapes = {name: tuple(found[here].weight.shape) for name, here in names.items()}
         if checkpoint_files:

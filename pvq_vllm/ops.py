@@ -120,7 +120,7 @@ def pack_linear(codes: list[torch.Tensor], row_scale: torch.Tensor, plan: str) -
         raise PVQError(f"row_scale must have shape [{layer.out_features}]; got {list(row_scale.shape)}.")
     scales = row_scale.float()
     if not bool((torch.isfinite(scales) & (scales >= 0)).all()):
-        raise PVQError("row_scale has a value that is negative or not finite; the checkpoint is damaged or a shard is missing.")
+        raise PVQError("row_scale has a value that is negative or not finite: copy the checkpoint again.")
     weight = torch.empty(layer.weight_bytes, dtype=torch.uint8)
     padded_scale = torch.zeros(layer.packed_rows, dtype=torch.float32)
     row_sum = torch.zeros(layer.packed_rows, dtype=torch.int32)
@@ -140,7 +140,7 @@ def pack_linear(codes: list[torch.Tensor], row_scale: torch.Tensor, plan: str) -
             row_sum.data_ptr() + 4 * packed,
         )
         if bad >= 0:
-            raise PVQError(f"codes[{index}], row {bad}: a {name} code is out of range; the checkpoint is damaged.")
+            raise PVQError(f"codes[{index}], row {bad}: a {name} code is out of range: copy the checkpoint again.")
         padded_scale[packed : packed + rows] = scales[output : output + rows]
         output += rows
     return PackedLinear(weight, padded_scale, row_sum)
@@ -247,7 +247,7 @@ def decode_codes(codes: torch.Tensor, codebook: str) -> torch.Tensor:
     q = torch.empty((rows, groups * GROUP_SIZE), dtype=torch.int8)
     bad = _C.decode_codes(codebook_id(codebook), codes.data_ptr(), rows, groups * GROUP_SIZE, q.data_ptr())
     if bad >= 0:
-        raise PVQError(f"row {bad} has a {codebook} code that is out of range; the tensor is damaged.")
+        raise PVQError(f"row {bad} has a {codebook} code that is out of range: copy the checkpoint again.")
     return q
 
 

@@ -156,11 +156,22 @@ def bench(
             points = client.run(target, workload, out, show)
     facts = {"url": target.url, "model": target.model, "axis": axis, "input_tokens": input_tokens}
     report = results.report(points, **facts, output_tokens=output_tokens)
-    (out / "load.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    Console().print(results.table(points, axis))
     from server.bench.picture import draw
 
-    draw(points, axis, f"{target.model}: {input_tokens} tokens in, {output_tokens} out", out / "load.png")
-    Console().print(results.table(points, axis))
+    with _one_sentence():
+        try:
+            (out / "load.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            draw(
+                points,
+                axis,
+                f"{target.model}: {input_tokens} tokens in, {output_tokens} out",
+                out / "load.png",
+            )
+        except OSError as error:
+            raise ServerError(
+                f"--out {out} cannot be written ({error.strerror}): free some space or give another folder"
+            ) from None
     print(f"{out / 'load.json'} and {out / 'load.png'} written")
     for reason, count in {
         reason: count for point in points for reason, count in point.errors.items()

@@ -79,7 +79,7 @@ def check_levels(levels: np.ndarray, amplitude_bits: int) -> None:
     if levels.shape != (1 << amplitude_bits,):
         raise PVQError(f"weight_levels has shape {tuple(levels.shape)}; expected {(1 << amplitude_bits,)}.")
     if not np.isfinite(levels).all() or levels[0] < 0 or (np.diff(levels) < 0).any():
-        raise PVQError("weight_levels must be finite, not negative and ascending; the checkpoint is damaged.")
+        raise PVQError("weight_levels must be finite, not negative and ascending: copy the checkpoint again.")
 
 
 def row_bytes(in_features: int, group_size: int, num_pulses: int, amplitude_bits: int) -> int:
@@ -119,7 +119,7 @@ def unpack_row(
         raise PVQError(f"A packed row has {len(data)} bytes; expected {(groups * width + 7) // 8}.")
     stream = int.from_bytes(data, "little")
     if stream >> (groups * width):
-        raise PVQError("A packed row has unused bits that are not zero; the checkpoint is damaged.")
+        raise PVQError("A packed row has unused bits that are not zero: copy the checkpoint again.")
     codes = [stream >> (g * width) & ((1 << width) - 1) for g in range(groups)]
     return [code & ((1 << index_width) - 1) for code in codes], [code >> index_width for code in codes]
 
@@ -163,7 +163,7 @@ def decode_weight(
         exact = pulses * factor[:, None]
         if not (np.abs(exact) < _Q_LIMIT).all():
             raise PVQError(
-                f"weight_packed, row {row}: a weight is outside [-127, 127]; the checkpoint is damaged."
+                f"weight_packed, row {row}: a weight is outside [-127, 127]: copy the checkpoint again."
             )
         q[row] = np.rint(exact)
     return q.reshape(len(weight_packed), in_features)

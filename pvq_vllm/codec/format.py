@@ -157,7 +157,7 @@ class CheckpointConfig:
         where = "quantization_config"
         if not isinstance(entry, Mapping) or entry.get("quant_method") != QUANT_METHOD:
             raise PVQError(
-                f'{where} does not say quant_method "{QUANT_METHOD}": this is not a PVQ checkpoint'
+                f'{where} does not say quant_method "{QUANT_METHOD}": this is not a PVQ checkpoint, run `pvq quantize`'
             )
         version = entry.get("format_version")
         if type(version) is not int or version != FORMAT_VERSION:
@@ -287,7 +287,7 @@ def read_shard_headers(folder: str | os.PathLike) -> dict[str, TensorInfo]:
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise PVQError(
                 f"{folder / INDEX_FILE} names the shard '{shard}', which is not a .safetensors file "
-                "of the folder"
+                "of the folder: copy the checkpoint again"
             )
         for name, tensor in read_safetensors_header(folder / shard).items():
             if weight_map.get(name) != shard:
@@ -345,7 +345,7 @@ def check_checkpoint(
         if f"{name}.weight" in tensors:
             raise PVQError(
                 f"{tensors[f'{name}.weight'].shard} holds '{name}.weight', but config.json lists it "
-                "as quantized"
+                "as quantized: quantize the model again"
             )
         if spec.rotation_blocks:
             width, rest = divmod(in_features, spec.rotation_blocks)
@@ -358,7 +358,8 @@ def check_checkpoint(
         module, _, kind = name.rpartition(".")
         if kind in ("weight_packed", "weight_scale", "weight_levels") and module not in config.modules:
             raise PVQError(
-                f"{tensor.shard} holds '{name}', but config.json does not list '{module}' as quantized"
+                f"{tensor.shard} holds '{name}', but config.json does not list '{module}' as quantized: "
+                "copy config.json again"
             )
     return config, tensors
 

@@ -73,8 +73,8 @@ def rotation_layout(in_features: int, splits: int = 1) -> tuple[int, list[int]]:
             except PVQError:
                 continue
     raise PVQError(
-        f"in_features {in_features} cannot be split into {splits} equal part(s) that a Hadamard rotation of order 8 or more divides;"
-        " leave the layer unquantized with --override 'REGEX=16'."
+        f"in_features {in_features} cannot be split into {splits} equal part(s) that a Hadamard rotation of "
+        "order 8 or more divides"
     )
 
 

@@ -63,6 +63,15 @@ def test_eval_writes_its_json(checkpoint, tiny_llama, tmp_path, capsys):
     assert "kl_divergence" in capsys.readouterr().out
 
 
+def test_eval_on_a_full_disk_still_prints_its_result(checkpoint, tiny_llama, capsys):
+    options = ["--sequences", "1", "--length", "16", "--json", "/dev/full"]
+    assert main(["eval", str(checkpoint), "--reference", str(tiny_llama), *options]) == 2
+    printed = capsys.readouterr()
+    assert "kl_divergence" in printed.out
+    last = printed.err.strip().split("\n")[-1]
+    assert last.endswith("--json /dev/full cannot be written (No space left on device): name another file")
+
+
 def test_canonical_codebook_from_the_command_line(tiny_llama, tmp_path, capsys):
     options = ["--codebook", "canonical", "--group-size", "32", "--num-pulses", "40", "--amplitude-bits", "4"]
     assert main(["quantize", str(tiny_llama), str(tmp_path / "out"), *options]) == 0

@@ -8,6 +8,7 @@ import math
 
 import pytest
 
+from pvq_vllm import cli
 from server.bench import client
 from server.bench.picture import draw
 from server.bench.results import point_from_result, point_without_result, report, table
@@ -142,6 +143,19 @@ def test_no_server_is_one_sentence_and_status_2(run_pvq, free_port):
     assert done.returncode == 2
     assert done.stderr.startswith("pvq: --url") and "no server answers" in done.stderr
     assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_a_full_disk_is_one_sentence_after_the_table(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(client, "find_target", lambda *arguments: TARGET)
+    monkeypatch.setattr(client, "run", lambda *arguments: [point_from_result(2.0, RESULT)])
+    (tmp_path / "load.json").symlink_to("/dev/full")
+    assert cli.main(["bench", "--concurrency", "2", "--out", str(tmp_path)]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.strip().split("\n")[-1] == (
+        f"pvq: --out {tmp_path} cannot be written (No space left on device): "
+        "free some space or give another folder"
+    )
+    assert "9.2" in printed.out  # tokens per second, in the table
 
 
 def test_both_axes_at_once_are_refused(run_pvq):
