@@ -30,7 +30,7 @@ async def readiness(engine: Engine, timeout_s: float) -> Readiness:
     """Return whether ``engine`` answers within ``timeout_s`` seconds and takes requests."""
     try:
         return await asyncio.wait_for(_ask(engine), timeout_s)
-    except asyncio.TimeoutError:
+    except TimeoutError:
         return Readiness(ready=False, reason=f"the engine did not answer within {timeout_s:g} s")
     except Exception as error:  # whatever it is, an engine that cannot be asked cannot answer
         return Readiness(ready=False, reason=f"the engine failed: {type(error).__name__}")
