@@ -29,7 +29,9 @@ SHAPES = {"qkv": (3072, 2048), "o": (2048, 2048), "gate_up": (16384, 2048), "dow
 def make_layer(name: str, out_features: int, in_features: int, activation: str):
     """A packed layer of random weights and its plan."""
     blocks, factors = rotation_layout(in_features)
-    weight = torch.randn(min(out_features, 64), in_features)  # coding 64 rows is enough: the kernels do not look at values
+    weight = torch.randn(
+        min(out_features, 64), in_features
+    )  # coding 64 rows is enough: the kernels do not look at values
     codes, _ = ops.quantize_rows(weight, name, ops.search_row_scale(weight, name))
     codes = codes.repeat(out_features // codes.shape[0], 1, 1)
     plan = ops.make_plan(
@@ -65,20 +67,37 @@ def median_times(first, second, seconds: float) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--codebooks", default="pvq4,pvq3,pvq2,int8")
     parser.add_argument("--tokens", default="1,4,32,512")
     parser.add_argument("--activation", default="a8", choices=("a8", "a16"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=1.0, help="per case")
-    parser.add_argument("--cold-bytes", type=float, default=5e8, help="total size of the bf16 copies that are rotated")
+    parser.add_argument(
+        "--cold-bytes", type=float, default=5e8, help="total size of the bf16 copies that are rotated"
+    )
     parser.add_argument("--json", help="write the results to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     bandwidth = read_bandwidth(1 << 29)
-    table = Table(title=f"{arguments.threads} threads, {ops.cpu_isa()}, {arguments.activation}, read {bandwidth / 1e9:.1f} GB/s")
-    for column in ("layer", "out x in", "codebook", "tokens", "bf16 us", "pvq us", "ratio", "bf16 GB/s", "pvq GB/s", "of read"):
+    table = Table(
+        title=f"{arguments.threads} threads, {ops.cpu_isa()}, {arguments.activation}, read {bandwidth / 1e9:.1f} GB/s"
+    )
+    for column in (
+        "layer",
+        "out x in",
+        "codebook",
+        "tokens",
+        "bf16 us",
+        "pvq us",
+        "ratio",
+        "bf16 GB/s",
+        "pvq GB/s",
+        "of read",
+    ):
         table.add_column(column, justify="left" if column in ("layer", "codebook") else "right")
     results = []
     for layer, (out_features, in_features) in SHAPES.items():
@@ -86,12 +105,17 @@ def main() -> None:
         dense = [torch.randn(out_features, in_features).bfloat16() for _ in range(copies)]
         for name in arguments.codebooks.split(","):
             packed, plan = make_layer(name, out_features, in_features, arguments.activation)
-            pool = [ops.PackedLinear(packed.weight.clone(), packed.row_scale, packed.row_sum) for _ in range(copies)]
+            pool = [
+                ops.PackedLinear(packed.weight.clone(), packed.row_scale, packed.row_sum)
+                for _ in range(copies)
+            ]
             for tokens in (int(t) for t in arguments.tokens.split(",")):
                 x = torch.randn(tokens, in_features).bfloat16()
                 base, ours = median_times(
                     lambda i, x=x, dense=dense: torch.nn.functional.linear(x, dense[i % len(dense)]),
-                    lambda i, x=x, pool=pool, plan=plan, n=out_features: ops.linear(x, pool[i % len(pool)], None, n, plan),
+                    lambda i, x=x, pool=pool, plan=plan, n=out_features: ops.linear(
+                        x, pool[i % len(pool)], None, n, plan
+                    ),
                     arguments.seconds,
                 )
                 packed_bytes, dense_bytes = packed.weight.numel(), 2 * out_features * in_features
@@ -110,7 +134,15 @@ def main() -> None:
     Console(width=120).print(table)
     if arguments.json:
         with open(arguments.json, "w") as file:
-            json.dump({"threads": arguments.threads, "isa": ops.cpu_isa(), "read_bytes_per_s": bandwidth, "cases": results}, file)
+            json.dump(
+                {
+                    "threads": arguments.threads,
+                    "isa": ops.cpu_isa(),
+                    "read_bytes_per_s": bandwidth,
+                    "cases": results,
+                },
+                file,
+            )
 
 
 if __name__ == "__main__":

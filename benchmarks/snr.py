@@ -23,7 +23,9 @@ CANONICAL = [(16, 12, 2), (16, 27, 4), (16, 58, 6), (128, 84, 4), (128, 187, 4),
 
 
 def decibels(weight: torch.Tensor, decoded: torch.Tensor) -> float:
-    return float(10 * torch.log10(weight.double().square().sum() / (weight.double() - decoded.double()).square().sum()))
+    return float(
+        10 * torch.log10(weight.double().square().sum() / (weight.double() - decoded.double()).square().sum())
+    )
 
 
 def int_round_to_nearest(weight: torch.Tensor, bits: int, group: int = 128) -> torch.Tensor:
@@ -34,7 +36,9 @@ def int_round_to_nearest(weight: torch.Tensor, bits: int, group: int = 128) -> t
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--columns", type=int, default=4096)
     arguments = parser.parse_args()
@@ -54,15 +58,23 @@ def main() -> None:
         value = decibels(weight, (q + 0.5) * scale[:, None])
         row(name, book.bytes_per_group + 16 / arguments.columns, value, TARGETS[name])
     for group_size, num_pulses, amplitude_bits in CANONICAL:
-        packed, levels, scale = canonical_ops.encode_canonical(weight[:64], group_size, num_pulses, amplitude_bits)
-        q = canonical_ops.decode_canonical(packed, levels, group_size, num_pulses, amplitude_bits, arguments.columns)
+        packed, levels, scale = canonical_ops.encode_canonical(
+            weight[:64], group_size, num_pulses, amplitude_bits
+        )
+        q = canonical_ops.decode_canonical(
+            packed, levels, group_size, num_pulses, amplitude_bits, arguments.columns
+        )
         bits = 8 * packed.shape[1] / arguments.columns + 16 / arguments.columns
         value = decibels(weight[:64], q * scale.float()[:, None])
         row(f"canonical D={group_size} K={num_pulses} b={amplitude_bits}", bits, value)
     for bits in (2, 3, 4):
         table.add_row(f"Lloyd-Max, {bits} bits (theory)", f"{bits:.3f}", f"{LLOYD_MAX[bits]:.2f}", "", "", "")
     for bits in (3, 4):
-        row(f"int{bits} absmax, groups of 128", bits + 16 / 128, decibels(weight, int_round_to_nearest(weight, bits)))
+        row(
+            f"int{bits} absmax, groups of 128",
+            bits + 16 / 128,
+            decibels(weight, int_round_to_nearest(weight, bits)),
+        )
     Console(width=110).print(table)
 
 

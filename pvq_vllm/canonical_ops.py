@@ -133,7 +133,5 @@ def decode_canonical(
     )
     if fault:
         reason = _FAULTS[fault].format(group=group, d=group_size, k=num_pulses)
-        raise PVQError(
-            f"weight_packed, row {row}: {reason}: copy the checkpoint again."
-        )
+        raise PVQError(f"weight_packed, row {row}: {reason}: copy the checkpoint again.")
     return q

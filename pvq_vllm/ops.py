@@ -7,7 +7,7 @@ node, and chooses its kernel by the number of tokens below Python.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -26,10 +26,14 @@ def cpu_isa() -> str:
     return _C.cpu_isa()
 
 
-def _require(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]) -> torch.Tensor:
+def _require(
+    name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]
+) -> torch.Tensor:
     """Check one argument; None in `shape` is any size. Returns the tensor."""
     wanted = f"{dtype} [{', '.join('any' if s is None else str(s) for s in shape)}]"
-    fits = tensor.dim() == len(shape) and all(w in (None, s) for w, s in zip(shape, tensor.shape, strict=True))
+    fits = tensor.dim() == len(shape) and all(
+        w in (None, s) for w, s in zip(shape, tensor.shape, strict=True)
+    )
     if tensor.dtype != dtype or not fits:
         raise PVQError(f"{name} must be {wanted}; got {tensor.dtype} {list(tensor.shape)}.")
     if tensor.device.type != "cpu":
@@ -72,18 +76,22 @@ def make_plan(
         raise PVQError(f"activation is {activation!r}; use a8 or a16.")
     parts = ",".join(f"{codebook_id(name)}:{rows}" for name, rows in segments)
     orders = "x".join(str(f) for f in factors or [])
-    plan = f"{in_features};{parts};{_ACTIVATIONS[activation]};{seed};{first_column};{rotation_blocks};{orders}"
+    plan = (
+        f"{in_features};{parts};{_ACTIVATIONS[activation]};{seed};{first_column};{rotation_blocks};{orders}"
+    )
     _plan(plan)
     return plan
 
 
-@lru_cache(maxsize=None)
+@cache
 def _plan(text: str) -> _C.LinearPlan:
     in_features, parts, planes, seed, first_column, blocks, orders = text.split(";")
     segments = [(int(c), int(r)) for c, r in (p.split(":") for p in parts.split(","))]
     factors = [int(f) for f in orders.split("x")] if orders else []
     try:
-        return _C.LinearPlan(int(in_features), segments, int(planes), int(seed), int(first_column), int(blocks), factors)
+        return _C.LinearPlan(
+            int(in_features), segments, int(planes), int(seed), int(first_column), int(blocks), factors
+        )
     except ValueError as error:
         raise PVQError(str(error)) from None
 
@@ -125,7 +133,9 @@ def pack_linear(codes: list[torch.Tensor], row_scale: torch.Tensor, plan: str) -
     padded_scale = torch.zeros(layer.packed_rows, dtype=torch.float32)
     row_sum = torch.zeros(layer.packed_rows, dtype=torch.int32)
     output = 0
-    for index, ((codebook, rows, offset, packed), segment) in enumerate(zip(layer.segments, codes, strict=True)):
+    for index, ((codebook, rows, offset, packed), segment) in enumerate(
+        zip(layer.segments, codes, strict=True)
+    ):
         name = _codebook_name(codebook)
         if segment.dtype == torch.int8 and name == "int8" and segment.dim() == 2:
             segment = segment.contiguous().view(torch.uint8).view(rows, -1, GROUP_SIZE)
@@ -140,7 +150,9 @@ def pack_linear(codes: list[torch.Tensor], row_scale: torch.Tensor, plan: str) -
             row_sum.data_ptr() + 4 * packed,
         )
         if bad >= 0:
-            raise PVQError(f"codes[{index}], row {bad}: a {name} code is out of range: copy the checkpoint again.")
+            raise PVQError(
+                f"codes[{index}], row {bad}: a {name} code is out of range: copy the checkpoint again."
+            )
         padded_scale[packed : packed + rows] = scales[output : output + rows]
         output += rows
     return PackedLinear(weight, padded_scale, row_sum)
@@ -173,8 +185,14 @@ def _linear_cpu(
         raise PVQError(f"x has {x.shape[-1]} columns; the layer has in_features {layer.in_features}.")
     if out_features != layer.out_features:
         raise PVQError(f"out_features is {out_features}; the plan has {layer.out_features}.")
-    if weight.numel() != layer.weight_bytes or row_scale.numel() != layer.packed_rows or row_sum.numel() != layer.packed_rows:
-        raise PVQError("weight, row_scale or row_sum does not belong to this plan; pack them with pack_linear.")
+    if (
+        weight.numel() != layer.weight_bytes
+        or row_scale.numel() != layer.packed_rows
+        or row_sum.numel() != layer.packed_rows
+    ):
+        raise PVQError(
+            "weight, row_scale or row_sum does not belong to this plan; pack them with pack_linear."
+        )
     if weight.dtype != torch.uint8 or row_scale.dtype != torch.float32 or row_sum.dtype != torch.int32:
         raise PVQError(
             "weight, row_scale and row_sum must be uint8, float32 and int32;"
@@ -229,7 +247,9 @@ def quantize_activations(x: torch.Tensor, plan: str) -> tuple[torch.Tensor, torc
     _require("x", x, x.dtype, (None, layer.in_features))
     planes = torch.empty((layer.num_planes, x.shape[0], layer.in_features), dtype=torch.int8)
     scale = torch.empty(x.shape[0], dtype=torch.float32)
-    _C.quantize_activations(layer, x.data_ptr(), _DTYPES[x.dtype], x.shape[0], planes.data_ptr(), scale.data_ptr())
+    _C.quantize_activations(
+        layer, x.data_ptr(), _DTYPES[x.dtype], x.shape[0], planes.data_ptr(), scale.data_ptr()
+    )
     return planes, scale
 
 
@@ -260,7 +280,9 @@ def _check_weight(weight: torch.Tensor, row_scale: torch.Tensor) -> tuple[int, i
     return rows, columns
 
 
-def quantize_rows(weight: torch.Tensor, codebook: str, row_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_rows(
+    weight: torch.Tensor, codebook: str, row_scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Nearest codeword of every group of eight, over all shapes and gains (csrc/cpu/encode.h).
 
     Args:
@@ -274,7 +296,13 @@ def quantize_rows(weight: torch.Tensor, codebook: str, row_scale: torch.Tensor) 
     codes = torch.empty((rows, columns // GROUP_SIZE, _code_bytes(codebook)), dtype=torch.uint8)
     q = torch.empty((rows, columns), dtype=torch.int8)
     _C.encode_rows(
-        weight.data_ptr(), row_scale.data_ptr(), rows, columns, codebook_id(codebook), codes.data_ptr(), q.data_ptr()
+        weight.data_ptr(),
+        row_scale.data_ptr(),
+        rows,
+        columns,
+        codebook_id(codebook),
+        codes.data_ptr(),
+        q.data_ptr(),
     )
     return codes, q
 
@@ -331,11 +359,15 @@ def search_row_scale(weight: torch.Tensor, codebook: str, sample_groups: int = 6
     best = _to_half_grid(base)
     best_error = torch.empty(rows)
     identity = codebook_id(codebook)
-    _C.encoding_error(identity, weight.data_ptr(), best.data_ptr(), rows, columns, stride, best_error.data_ptr())
+    _C.encoding_error(
+        identity, weight.data_ptr(), best.data_ptr(), rows, columns, stride, best_error.data_ptr()
+    )
     for trial in SCALE_TRIALS:
         scale = _to_half_grid(base * trial)
         error = torch.empty(rows)
-        _C.encoding_error(identity, weight.data_ptr(), scale.data_ptr(), rows, columns, stride, error.data_ptr())
+        _C.encoding_error(
+            identity, weight.data_ptr(), scale.data_ptr(), rows, columns, stride, error.data_ptr()
+        )
         better = error < best_error
         best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)
     return best

@@ -26,7 +26,9 @@ def quantize_activation(x: torch.Tensor, rotation: Rotation, mode: str) -> tuple
     usable = finite & (largest >= 2.0**-60)
     safe = torch.where(usable, largest, torch.ones_like(largest))
     inverse = torch.tensor(float(LEVELS[mode]), dtype=torch.float32) / safe
-    steps = torch.round(torch.where(usable[:, None], y, torch.zeros_like(y)) * inverse[:, None]).to(torch.int32)
+    steps = torch.round(torch.where(usable[:, None], y, torch.zeros_like(y)) * inverse[:, None]).to(
+        torch.int32
+    )
     constant = np.float32(1.0 / (LEVELS[mode] * np.sqrt(float(rotation.block_width))))
     scale = torch.where(usable, largest * torch.tensor(constant), torch.zeros_like(largest))
     scale = torch.where(finite, scale, torch.full_like(scale, float("nan")))

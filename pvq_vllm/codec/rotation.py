@@ -53,7 +53,9 @@ def hadamard_factors(width: int) -> list[int]:
     twos = (width & -width).bit_length() - 1 if width > 0 else 0
     dense = _odd_factors(width >> twos, twos) if width > 0 else None
     if dense is None:
-        raise PVQError(f"no Hadamard matrix of order {width} is known here; split the width into more blocks.")
+        raise PVQError(
+            f"no Hadamard matrix of order {width} is known here; split the width into more blocks."
+        )
     power = 1 << (twos - 2 * len(dense))
     return [*dense, *([power] if power > 1 or not dense else [])]
 
@@ -126,14 +128,20 @@ class Rotation:
         first_column: where this rank's columns start in the whole layer (for the signs).
     """
 
-    def __init__(self, seed: int, in_features: int, blocks: int, factors: list[int], first_column: int = 0) -> None:
+    def __init__(
+        self, seed: int, in_features: int, blocks: int, factors: list[int], first_column: int = 0
+    ) -> None:
         width = in_features // blocks if blocks else 0
         if blocks and (in_features % blocks or int(np.prod(factors)) != width):
-            raise PVQError(f"rotation factors {factors} in {blocks} block(s) do not make up in_features {in_features}.")
+            raise PVQError(
+                f"rotation factors {factors} in {blocks} block(s) do not make up in_features {in_features}."
+            )
         self.seed, self.in_features, self.blocks, self.factors = seed, in_features, blocks, list(factors)
         self.first_column = first_column
         self.block_width = width or 1
-        self.signs = torch.from_numpy(signs(seed, in_features, first_column)) if blocks else torch.ones(in_features)
+        self.signs = (
+            torch.from_numpy(signs(seed, in_features, first_column)) if blocks else torch.ones(in_features)
+        )
 
     def hadamard(self, x: torch.Tensor) -> torch.Tensor:
         """Unnormalised H x per block, additions in the order docs/format.md §5 fixes (dtype of x: float32 or float64)."""
@@ -179,7 +187,9 @@ class Rotation:
         for order in self.factors:
             run //= order
             h = torch.from_numpy(hadamard_matrix(order)).to(y.dtype)
-            y = torch.einsum("bork,rc->bock", y.reshape(y.shape[0], -1, order, run), h).reshape(y.shape[0], -1)
+            y = torch.einsum("bork,rc->bock", y.reshape(y.shape[0], -1, order, run), h).reshape(
+                y.shape[0], -1
+            )
         return y.reshape(shape)
 
     def matrix(self) -> torch.Tensor:

@@ -103,7 +103,9 @@ def decode_groups(codes: np.ndarray, name: str) -> np.ndarray:
     signs = codes[..., 2 if wide else 1].astype(np.int64)
     shape, gain_index = code & ((1 << book.shape_bits) - 1), code >> book.shape_bits
     if (shape >= book.num_shapes).any():
-        raise PVQError(f"a {name} code has shape {int(shape.max())} of {book.num_shapes}; the tensor is damaged.")
+        raise PVQError(
+            f"a {name} code has shape {int(shape.max())} of {book.num_shapes}; the tensor is damaged."
+        )
     m = shapes(name)[shape]
     lane = np.arange(GROUP_SIZE)
     j = m << book.refinement_bits
@@ -114,5 +116,7 @@ def decode_groups(codes: np.ndarray, name: str) -> np.ndarray:
     gain = np.array(book.gains)[pyramid, gain_index]
     b = gain[..., :1] + gain[..., 1:] * j
     if (b > MAX_MAGNITUDE).any():
-        raise PVQError(f"a {name} code decodes to {int(b.max())}, above {MAX_MAGNITUDE}; the tensor is damaged.")
+        raise PVQError(
+            f"a {name} code decodes to {int(b.max())}, above {MAX_MAGNITUDE}; the tensor is damaged."
+        )
     return np.where(signs[..., None] >> lane & 1, ~b, b).astype(np.int8)

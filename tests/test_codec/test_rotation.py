@@ -7,7 +7,14 @@ import torch
 
 from pvq_vllm import _C
 from pvq_vllm.codec.errors import PVQError
-from pvq_vllm.codec.rotation import Rotation, hadamard_factors, hadamard_matrix, is_dense_order, rotation_layout, signs
+from pvq_vllm.codec.rotation import (
+    Rotation,
+    hadamard_factors,
+    hadamard_matrix,
+    is_dense_order,
+    rotation_layout,
+    signs,
+)
 
 DENSE_ORDERS = [order for order in range(4, 257, 4) if is_dense_order(order)]
 
@@ -32,7 +39,14 @@ def test_orders_of_usual_factors_exist():
 
 @pytest.mark.parametrize(
     ("width", "factors"),
-    [(576, [12, 12, 4]), (1536, [12, 128]), (14336, [28, 512]), (4096, [4096]), (18944, [148, 128]), (25600, [20, 20, 64])],
+    [
+        (576, [12, 12, 4]),
+        (1536, [12, 128]),
+        (14336, [28, 512]),
+        (4096, [4096]),
+        (18944, [148, 128]),
+        (25600, [20, 20, 64]),
+    ],
 )
 def test_factors_of_usual_widths(width, factors):
     assert hadamard_factors(width) == factors

@@ -20,7 +20,9 @@ def test_compiled_shape_table_is_the_enumeration(name):
     assert np.array_equal(digits, shapes(name))
 
 
-@pytest.mark.parametrize(("name", "sizes"), [("pvq4", (6435, 1716, 36)), ("pvq3", (6435, 1716, 36)), ("pvq2", (120, 8))])
+@pytest.mark.parametrize(
+    ("name", "sizes"), [("pvq4", (6435, 1716, 36)), ("pvq3", (6435, 1716, 36)), ("pvq2", (120, 8))]
+)
 def test_shapes_are_the_pyramids_of_the_specification(name, sizes):
     book = SERVING[name]
     assert tuple(comb(k + 7, 7) for k in book.pyramids) == sizes
@@ -36,7 +38,16 @@ def test_shapes_are_the_pyramids_of_the_specification(name, sizes):
 def test_first_and_last_shape_of_each_pyramid():
     table = shapes("pvq4")
     assert table[0].tolist() == [0, 0, 0, 0, 0, 0, 0, 8] and table[6434].tolist() == [8, 0, 0, 0, 0, 0, 0, 0]
-    assert table[6435].tolist() == [0, 0, 0, 0, 0, 0, 0, 6] and table[8186].tolist() == [2, 0, 0, 0, 0, 0, 0, 0]
+    assert table[6435].tolist() == [0, 0, 0, 0, 0, 0, 0, 6] and table[8186].tolist() == [
+        2,
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+    ]
 
 
 def test_a_group_decoded_by_hand():

@@ -18,7 +18,9 @@ NAMES = list(SERVING)
 def _all_magnitudes(name: str) -> torch.Tensor:
     """Every magnitude vector b of a codebook, [codewords, 8], by trying all shapes, gains and refinements."""
     book = SERVING[name]
-    pyramid = np.repeat(np.arange(len(book.pyramids)), [(shapes(name).sum(1) == k).sum() for k in book.pyramids])
+    pyramid = np.repeat(
+        np.arange(len(book.pyramids)), [(shapes(name).sum(1) == k).sum() for k in book.pyramids]
+    )
     rows = []
     for gain_index in range(len(book.gains[0])):
         gain = np.array([g[gain_index] for g in book.gains])[pyramid]
@@ -32,7 +34,11 @@ def _all_magnitudes(name: str) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["pvq2", "pvq3"])
 def test_search_finds_the_nearest_codeword(name):
     generator = torch.Generator().manual_seed(0)
-    groups = torch.randn(60, 8, generator=generator) * torch.linspace(0.2, 3.0, 60)[:, None] * SERVING[name].target_rms
+    groups = (
+        torch.randn(60, 8, generator=generator)
+        * torch.linspace(0.2, 3.0, 60)[:, None]
+        * SERVING[name].target_rms
+    )
     scale = torch.ones(60)
     _, q = ops.quantize_rows(groups, name, scale)
     found = ((groups - q - 0.5) ** 2).sum(dim=1)
@@ -91,7 +97,9 @@ def test_feedback_equals_the_loop_written_out(name):
     """LLVQ, Algorithm 1, in double precision around the same encoder: W[:, R] -= (E U_QQ^-1) U_QR."""
     torch.manual_seed(0)
     rows, columns = 19, 40
-    inputs = torch.randn(400, columns, dtype=torch.float64) @ torch.randn(columns, columns, dtype=torch.float64)
+    inputs = torch.randn(400, columns, dtype=torch.float64) @ torch.randn(
+        columns, columns, dtype=torch.float64
+    )
     hessian = inputs.T @ inputs / 400 + 0.01 * torch.eye(columns, dtype=torch.float64)
     factor = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True).contiguous()
     weight = torch.randn(rows, columns)
@@ -114,17 +122,24 @@ def test_feedback_equals_the_loop_written_out(name):
 def test_feedback_lowers_the_loss_it_is_made_for():
     torch.manual_seed(0)
     columns = 128
-    inputs = torch.randn(1000, columns, dtype=torch.float64) @ torch.randn(columns, columns, dtype=torch.float64)
+    inputs = torch.randn(1000, columns, dtype=torch.float64) @ torch.randn(
+        columns, columns, dtype=torch.float64
+    )
     hessian = inputs.T @ inputs / 1000
     hessian += 0.01 * hessian.diag().mean() * torch.eye(columns, dtype=torch.float64)
     factor = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True).float().contiguous()
     weight = torch.randn(64, columns)
     scale = ops.search_row_scale(weight, "pvq3")
     losses = []
-    for q in (ops.quantize_rows(weight, "pvq3", scale)[1], ops.feedback_block(weight, factor, "pvq3", scale)[1]):
+    for q in (
+        ops.quantize_rows(weight, "pvq3", scale)[1],
+        ops.feedback_block(weight, factor, "pvq3", scale)[1],
+    ):
         d = (weight - (q + 0.5) * scale[:, None]).double()
         losses.append(float(torch.einsum("ri,ij,rj->", d, hessian, d)))
-    assert losses[1] < 0.7 * losses[0]  # 0.58 here; feedback of the wrong sign or factor makes it larger than 1
+    assert (
+        losses[1] < 0.7 * losses[0]
+    )  # 0.58 here; feedback of the wrong sign or factor makes it larger than 1
 
 
 def test_instruction_sets_choose_the_same_codes():
@@ -139,6 +154,8 @@ def test_instruction_sets_choose_the_same_codes():
     digests = set()
     for isa in ("portable", "avx2", "avx512"):
         env = {**os.environ, "PVQ_CPU_ISA": isa}
-        run = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
+        run = subprocess.run(
+            [sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True
+        )
         digests.add(run.stdout)
     assert len(digests) == 1

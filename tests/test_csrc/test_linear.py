@@ -65,7 +65,9 @@ def test_every_instruction_set_equals_the_reference(isa):
     )
     first_line = run.stdout.splitlines()[0] if run.stdout else ""
     if run.returncode == 0 and first_line != f"isa {isa}":
-        pytest.skip(f"this machine has no {isa}; the cases ran with {first_line.removeprefix('isa ')} instead")
+        pytest.skip(
+            f"this machine has no {isa}; the cases ran with {first_line.removeprefix('isa ')} instead"
+        )
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
 
 
@@ -85,7 +87,14 @@ def _layer(segments, width, mode="a8", seed=3):
         offsets.append(torch.full((rows,), int(name != "int8")))
     plan = ops.make_plan(segments, width, seed=seed, rotation_blocks=blocks, factors=factors, activation=mode)
     scale = torch.cat(scales)
-    return plan, ops.pack_linear(codes, scale.half(), plan), torch.cat(qs), torch.cat(offsets), scale, rotation
+    return (
+        plan,
+        ops.pack_linear(codes, scale.half(), plan),
+        torch.cat(qs),
+        torch.cat(offsets),
+        scale,
+        rotation,
+    )
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 20])
@@ -127,7 +136,9 @@ def test_columns_of_a_rank_use_their_part_of_the_signs():
     plan = ops.make_plan([("pvq4", 16)], 64, seed=3, first_column=64, rotation_blocks=1, factors=[64])
     packed = ops.pack_linear([codes], scale.half(), plan)
     x = torch.randn(2, 64)
-    assert torch.equal(ops.linear(x, packed, None, 16, plan), reference.linear(x, q, 1, scale, rotation, "a8"))
+    assert torch.equal(
+        ops.linear(x, packed, None, 16, plan), reference.linear(x, q, 1, scale, rotation, "a8")
+    )
 
 
 @pytest.mark.parametrize("mode", ["a8", "a16"])
@@ -148,7 +159,9 @@ def test_zero_tiny_huge_and_broken_tokens(mode, tokens):
 @pytest.mark.parametrize("mode", ["a8", "a16"])
 def test_activation_planes_equal_the_reference(mode):
     rotation = Rotation(7, 1152, 2, [12, 12, 4])
-    plan = ops.make_plan([("int8", 16)], 1152, seed=7, rotation_blocks=2, factors=[12, 12, 4], activation=mode)
+    plan = ops.make_plan(
+        [("int8", 16)], 1152, seed=7, rotation_blocks=2, factors=[12, 12, 4], activation=mode
+    )
     x = torch.randn(11, 1152).bfloat16()
     planes, scale = ops.quantize_activations(x, plan)
     expected_planes, expected_scale = reference.quantize_activation(x, rotation, mode)
