@@ -51,10 +51,8 @@ def codebook_size(group_size: int, num_pulses: int) -> int:
     check_pyramid(group_size, num_pulses)
     total, term = 0, 1  # term: 2^i C(D, i) C(K-1, i-1)
     for i in range(1, min(group_size, num_pulses) + 1):
-        if i == 1:
-            term = 2 * group_size
-        else:
-            term = term * 2 * (group_size - i + 1) * (num_pulses - i + 1) // (i * (i - 1))
+        grown = term * 2 * (group_size - i + 1) * (num_pulses - i + 1)
+        term = 2 * group_size if i == 1 else grown // (i * (i - 1))
         total += term
     return total
 
