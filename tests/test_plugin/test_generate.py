@@ -61,7 +61,7 @@ def generate(tmp_path: Path, runs: list[dict], **environment: str) -> list[dict]
     settings = {
         "HF_HUB_OFFLINE": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
-        # Shared by the engines of this session, without compiled graphs of earlier states of this project.
+        # Shared by the engines of one test run, without compiled graphs of earlier states of this project.
         "VLLM_CACHE_ROOT": str(tmp_path.parent / "vllm_cache"),
         "VLLM_NO_USAGE_STATS": "1",
     }
