@@ -43,6 +43,13 @@ def _require(
     return tensor
 
 
+def _activation_dtype(x: torch.Tensor) -> int:
+    """The compiled module's number of the dtype of activations."""
+    if x.dtype not in _DTYPES:
+        raise PVQError(f"x has dtype {x.dtype}; use float32, float16 or bfloat16.")
+    return _DTYPES[x.dtype]
+
+
 def _code_bytes(name: str) -> int:
     return GROUP_SIZE if name == "int8" else SERVING[name].bytes_per_group
 
@@ -178,9 +185,7 @@ def _linear_cpu(
     plan: str,
 ) -> torch.Tensor:
     layer = _plan(plan)
-    dtype = _DTYPES.get(x.dtype)
-    if dtype is None:
-        raise PVQError(f"x has dtype {x.dtype}; use float32, float16 or bfloat16.")
+    dtype = _activation_dtype(x)
     if x.shape[-1] != layer.in_features:
         raise PVQError(f"x has {x.shape[-1]} columns; the layer has in_features {layer.in_features}.")
     if out_features != layer.out_features:
@@ -244,12 +249,11 @@ def linear(
 def quantize_activations(x: torch.Tensor, plan: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The first half of `linear` alone: planes int8 [1 or 2, num_tokens, in_features], token_scale float32 [num_tokens]."""
     layer = _plan(plan)
+    dtype = _activation_dtype(x)
     _require("x", x, x.dtype, (None, layer.in_features))
     planes = torch.empty((layer.num_planes, x.shape[0], layer.in_features), dtype=torch.int8)
     scale = torch.empty(x.shape[0], dtype=torch.float32)
-    _C.quantize_activations(
-        layer, x.data_ptr(), _DTYPES[x.dtype], x.shape[0], planes.data_ptr(), scale.data_ptr()
-    )
+    _C.quantize_activations(layer, x.data_ptr(), dtype, x.shape[0], planes.data_ptr(), scale.data_ptr())
     return planes, scale
 
 
@@ -280,6 +284,12 @@ def _check_weight(weight: torch.Tensor, row_scale: torch.Tensor) -> tuple[int, i
     return rows, columns
 
 
+def _new_codes(rows: int, columns: int, codebook: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Uninitialised codes and q for the encoder to fill."""
+    codes = torch.empty((rows, columns // GROUP_SIZE, _code_bytes(codebook)), dtype=torch.uint8)
+    return codes, torch.empty((rows, columns), dtype=torch.int8)
+
+
 def quantize_rows(
     weight: torch.Tensor, codebook: str, row_scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -293,8 +303,7 @@ def quantize_rows(
         codes uint8 [rows, columns / 8, B] and q int8 [rows, columns].
     """
     rows, columns = _check_weight(weight, row_scale)
-    codes = torch.empty((rows, columns // GROUP_SIZE, _code_bytes(codebook)), dtype=torch.uint8)
-    q = torch.empty((rows, columns), dtype=torch.int8)
+    codes, q = _new_codes(rows, columns, codebook)
     _C.encode_rows(
         weight.data_ptr(),
         row_scale.data_ptr(),
@@ -321,8 +330,7 @@ def feedback_block(
     """
     rows, columns = _check_weight(weight, row_scale)
     _require("factor", factor, torch.float32, (columns, columns))
-    codes = torch.empty((rows, columns // GROUP_SIZE, _code_bytes(codebook)), dtype=torch.uint8)
-    q = torch.empty((rows, columns), dtype=torch.int8)
+    codes, q = _new_codes(rows, columns, codebook)
     error = torch.empty_like(weight)
     _C.encode_rows_with_feedback(
         weight.data_ptr(),

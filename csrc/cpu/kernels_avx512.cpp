@@ -122,26 +122,11 @@ void dot_rows(const DotArgs& p) {
     _mm512_storeu_si512(p.sums + row * kLanes, _mm512_add_epi32(sum[row], sum_high[row]));
 }
 
-template <CodebookId kId>
-void dot(const DotArgs& p) {
-  constexpr void (*kByRows[kMaxDotRows])(const DotArgs&) = {dot_rows<kId, 1>, dot_rows<kId, 2>, dot_rows<kId, 3>,
-                                                            dot_rows<kId, 4>, dot_rows<kId, 5>, dot_rows<kId, 6>,
-                                                            dot_rows<kId, 7>, dot_rows<kId, 8>};
-  kByRows[p.num_rows - 1](p);
-}
+#include "dot_by_rows.h"
 
-constexpr CpuKernels kTable = {
-    "avx512",
-    128,
-    {dot<CodebookId::kPvq2>, dot<CodebookId::kPvq3>, dot<CodebookId::kPvq4>, dot<CodebookId::kInt8>},
-    {decode<CodebookId::kPvq2>, decode<CodebookId::kPvq3>, decode<CodebookId::kPvq4>, nullptr},
-    load,
-    rotate,
-    max_magnitude,
-    quantize_a8,
-    quantize_a16,
-    finish,
-};
+#include "kernel_table.h"
+
+constexpr CpuKernels kTable = make_table("avx512", 128);
 
 }  // namespace
 

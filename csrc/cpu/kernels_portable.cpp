@@ -65,18 +65,9 @@ void dot(const DotArgs& p) {
   }
 }
 
-constexpr CpuKernels kTable = {
-    "portable",
-    0,
-    {dot<CodebookId::kPvq2>, dot<CodebookId::kPvq3>, dot<CodebookId::kPvq4>, dot<CodebookId::kInt8>},
-    {decode<CodebookId::kPvq2>, decode<CodebookId::kPvq3>, decode<CodebookId::kPvq4>, nullptr},
-    load,
-    rotate,
-    max_magnitude,
-    quantize_a8,
-    quantize_a16,
-    finish,
-};
+#include "kernel_table.h"
+
+constexpr CpuKernels kTable = make_table("portable", 0);
 
 }  // namespace
 
