@@ -4,25 +4,28 @@
 #   PYTHON     the Python to make .venv with (3.11 or newer)
 #   PIP_ARGS   more arguments for pip, such as the index that has torch's CPU wheels (README.md, "Installing")
 #   TESTS      what make test runs, such as tests/test_codec or "-m 'not vllm'"
+#   CUDA_ARCHITECTURES  the GPUs to compile for where there is an nvcc: native (those of this machine), "80-real;90a-real", ...
 
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
 TESTS ?=
+CUDA_ARCHITECTURES ?= native
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --root-user-action=ignore $(PIP_ARGS)
-SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(wildcard csrc/*.* csrc/*/*.*)
 
 export PATH := $(abspath $(BIN)):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test lint format setup check-programs clean
+.PHONY: help demo test lint format setup cuda-all check-programs clean
 
 help:
 	@echo 'make demo    quantize a real model, serve it with vLLM, ask it, put load on it (build/demo/report.json)'
 	@echo 'make test    run all tests'
 	@echo 'make lint    ruff and, where it is installed, clang-format; make format applies them'
 	@echo 'make setup   only .venv, the pinned packages and the compiled module'
+	@echo 'make cuda-all   compile the CUDA kernels for every kind of GPU (build/cuda-all), for a release; takes minutes'
 	@echo 'make clean   remove build/ and .venv'
 
 demo: $(VENV)/.project
@@ -42,6 +45,11 @@ format: $(VENV)/.requirements
 	$(BIN)/ruff format .
 
 setup: $(VENV)/.project
+
+cuda-all: $(VENV)/.requirements
+	cmake -S . -B build/cuda-all -G Ninja -DPVQ_CUDA=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
+	cmake --build build/cuda-all
 
 check-programs:
 	@for program in g++ cmake make; do command -v $$program >/dev/null || { \
@@ -66,7 +74,7 @@ $(VENV)/.requirements: requirements/cpu.txt $(VENV)/.created
 # Editable: Python files are used where they are, the compiled module is built again when C++ changes.
 $(VENV)/.project: $(SOURCES) $(VENV)/.requirements
 	@$(MAKE) --no-print-directory check-programs
-	$(PIP) --no-deps --no-build-isolation --editable .
+	$(PIP) --no-deps --no-build-isolation --config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES="$(CUDA_ARCHITECTURES)" --editable .
 	@touch $@
 
 clean:

@@ -10,6 +10,9 @@
 #include "cpu/linear.h"
 #include "cpu/parallel.h"
 #include "hadamard.h"
+#ifdef PVQ_WITH_CUDA
+#include "cuda/bindings.h"
+#endif
 
 namespace py = pybind11;
 
@@ -153,4 +156,7 @@ PYBIND11_MODULE(_C, m) {
       },
       Release());
   pvq::bind_canonical(m);
+#ifdef PVQ_WITH_CUDA
+  pvq::cuda::bind(m.def_submodule("cuda"));
+#endif
 }

@@ -45,9 +45,14 @@ class Pyramid {
   // How many groups one sweep over the rows of the table should serve.
   int64_t batch() const { return batch_; }
 
+  // The table of the enumeration (canonical.cpp) from its last row downward, for decoders that keep rows of it (csrc/cuda):
+  // U(D, .), [K + 2, words]; the words of an entry of U(l, .) that are significant; U(l, .) to U(l-1, .) in place.
+  const std::vector<uint64_t>& top_row() const { return top_row_; }
+  int width(int l) const { return width_[l]; }
+  void descend(uint64_t* row, int width) const;
+
  private:
   void ascend(uint64_t* row, int width) const;
-  void descend(uint64_t* row, int width) const;
 
   int group_size_, num_pulses_, index_bits_ = 0, words_ = 0;
   int64_t batch_;

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from pvq_vllm import _C
+from pvq_vllm import _C, cuda_ops
 from pvq_vllm.codec import canonical
 from pvq_vllm.codec.errors import PVQError
 
@@ -94,10 +94,10 @@ def decode_canonical(
     """``codec.canonical.decode_weight`` on torch tensors; gives the same integers.
 
     Args:
-        weight_packed: uint8 [m, row_bytes] on the CPU.
+        weight_packed: uint8 [m, row_bytes] on the CPU or a GPU.
         weight_levels: float32 [2^b] on the CPU.
     Returns:
-        q, int8 [m, in_features].
+        q, int8 [m, in_features], where weight_packed is.
     Raises:
         PVQError: a shape or dtype that does not fit, levels that are not ascending, an index of N or more,
             a weight outside [-127, 127], an unused bit that is set; the message names the row.
@@ -107,11 +107,11 @@ def decode_canonical(
         weight_packed.ndim != 2
         or weight_packed.shape[1] != length
         or weight_packed.dtype != torch.uint8
-        or weight_packed.device.type != "cpu"
+        or weight_packed.device.type not in ("cpu", "cuda")
     ):
         raise PVQError(
             f"weight_packed is {weight_packed.dtype} {list(weight_packed.shape)} on {weight_packed.device}; "
-            f"expected uint8 [out_features, {length}] on the CPU."
+            f"expected uint8 [out_features, {length}] on the CPU or a GPU."
         )
     if weight_levels.dtype != torch.float32 or weight_levels.device.type != "cpu":
         raise PVQError(
@@ -119,18 +119,20 @@ def decode_canonical(
         )
     canonical.check_levels(weight_levels.numpy(), amplitude_bits)
     weight_packed, weight_levels = weight_packed.contiguous(), weight_levels.contiguous()
-    rows = weight_packed.shape[0]
-    q = torch.empty((rows, in_features), dtype=torch.int8)
-    fault, row, group = _C.canonical_decode_rows(
-        weight_packed.data_ptr(),
-        weight_levels.data_ptr(),
-        rows,
-        in_features // group_size,
-        group_size,
-        num_pulses,
-        amplitude_bits,
-        q.data_ptr(),
-    )
+    sizes = (group_size, num_pulses, amplitude_bits)
+    if weight_packed.is_cuda:
+        q, (fault, row, group) = cuda_ops.decode_canonical(weight_packed, weight_levels, *sizes, in_features)
+    else:
+        rows = weight_packed.shape[0]
+        q = torch.empty((rows, in_features), dtype=torch.int8, device="cpu")
+        fault, row, group = _C.canonical_decode_rows(
+            weight_packed.data_ptr(),
+            weight_levels.data_ptr(),
+            rows,
+            in_features // group_size,
+            *sizes,
+            q.data_ptr(),
+        )
     if fault:
         reason = _FAULTS[fault].format(group=group, d=group_size, k=num_pulses)
         raise PVQError(f"weight_packed, row {row}: {reason}: copy the checkpoint again.")

@@ -47,7 +47,6 @@ class _PackedModule(nn.Module):
         codes = self.weight_packed
         if codebook.name == "canonical":
             codes = canonical_to_int8(self.name, codebook, codes, self.weight_levels, self.in_features)
-            codes = codes.to(scale.device)
             del self.weight_levels
         elif codebook.name == "int8":
             codes = codes.view(torch.int8).flatten(1)

@@ -8,6 +8,8 @@ activation, multiplies and adds the bias (docs/format.md sections 5 to 7). Every
 besides the tensors is one string, the plan, made when the weight is packed.
 """
 
+from functools import cache
+
 import torch
 from vllm.model_executor.layers.linear import LinearMethodBase
 
@@ -53,7 +55,8 @@ class PVQLinearMethod(LinearMethodBase):
         """Allocate the buffers that the checkpoint is loaded into; ``params_dtype`` plays no part.
 
         Raises:
-            PVQError: an unknown rotation, or ranks that would cut through one of its blocks or a group.
+            PVQError: an unknown rotation, or ranks that would cut through one of its blocks or a group; a GPU
+                that cannot run the layer.
         """
         ranks = input_size // input_size_per_partition
         width, rest = divmod(input_size, self.rotation_blocks or 1)
@@ -78,6 +81,10 @@ class PVQLinearMethod(LinearMethodBase):
         layer.pvq_blocks = self.rotation_blocks // ranks
         for kind, parameter in layer.pvq_weights.make_parameters().items():
             layer.register_parameter(kind, parameter)
+        try:
+            ops.check_device(layer.weight_packed.device, input_size_per_partition)
+        except PVQError as error:
+            raise PVQError(f"{', '.join(self.names)}: {error}") from error
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Pack the loaded bytes for the kernel and free them.
@@ -188,19 +195,24 @@ def fill_with_dummy_codes(
     vLLM fills only floating-point parameters there, and arbitrary bytes are not valid codes. The codes are
     those of Gaussian weights, so that a benchmark decodes what it would decode in a real model.
     """
-    generator = torch.Generator().manual_seed(0)
-    gaussian = torch.randn(_DUMMY_GROUPS // 64, 8 * 64, generator=generator)
     for index, shard in enumerate(weights.shards):
         view = weights.codes(weight_packed, index)
-        if shard.memory_codebook == "int8":
-            table = (gaussian * 32).round().clamp(-127, 127).to(torch.int8).view(-1, 8)
-            view = view.view(-1, 8)
-        else:
-            scale = torch.full((len(gaussian),), 2.0**-5)
-            codes, _ = ops.quantize_rows(gaussian, shard.memory_codebook, scale)
-            table = codes.reshape(-1, Codebook(shard.memory_codebook).bytes_per_group)
-            view = view.view(-1, table.shape[1])
-        table = table.to(view.device)
+        table = _dummy_codes(shard.memory_codebook).to(view.device)
+        view = view.view(-1, table.shape[1])
         for part in view.split(1 << 20):  # bounds the memory of the random numbers
             part.copy_(table[torch.randint(len(table), (len(part),), device=view.device)])
     weight_scale.detach().abs_()
+
+
+@cache
+def _dummy_codes(codebook: str) -> torch.Tensor:
+    """Codes of random groups, one a row, on the CPU: int8 for codebook int8, uint8 for the others."""
+    # vLLM sets torch's default device and dtype while it loads: nothing here may depend on them.
+    settings = {"dtype": torch.float32, "device": "cpu"}
+    generator = torch.Generator("cpu").manual_seed(0)
+    gaussian = torch.randn(_DUMMY_GROUPS // 64, 8 * 64, generator=generator, **settings)
+    if codebook == "int8":
+        return (gaussian * 32).round().clamp(-127, 127).to(torch.int8).view(-1, 8)
+    scale = torch.full((len(gaussian),), 2.0**-5, **settings)
+    codes, _ = ops.quantize_rows(gaussian, codebook, scale)
+    return codes.reshape(-1, Codebook(codebook).bytes_per_group)

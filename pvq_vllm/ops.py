@@ -12,12 +12,20 @@ from typing import NamedTuple
 
 import torch
 
-from pvq_vllm import _C
+from pvq_vllm import _C, cuda_ops
+from pvq_vllm.arguments import (
+    PlanArguments,
+    activation_dtype,
+    check_scales,
+    code_bytes,
+    codebook_name,
+    require,
+    view_codes,
+)
 from pvq_vllm.codec.errors import PVQError
-from pvq_vllm.codec.serving import GROUP_SIZE, INT8_ID, SERVING, codebook_id
+from pvq_vllm.codec.serving import GROUP_SIZE, SERVING, codebook_id
 
 LANES = 16  # rows of a packed block (csrc/cpu/kernels.h)
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _ACTIVATIONS = {"a8": 1, "a16": 2}  # planes of int8
 
 
@@ -26,32 +34,12 @@ def cpu_isa() -> str:
     return _C.cpu_isa()
 
 
-def _require(
-    name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]
-) -> torch.Tensor:
-    """Check one argument; None in `shape` is any size. Returns the tensor."""
-    wanted = f"{dtype} [{', '.join('any' if s is None else str(s) for s in shape)}]"
-    fits = tensor.dim() == len(shape) and all(
-        w in (None, s) for w, s in zip(shape, tensor.shape, strict=True)
-    )
-    if tensor.dtype != dtype or not fits:
-        raise PVQError(f"{name} must be {wanted}; got {tensor.dtype} {list(tensor.shape)}.")
-    if tensor.device.type != "cpu":
-        raise PVQError(f"{name} is on {tensor.device}; this build of pvq_vllm has kernels for the CPU only.")
-    if not tensor.is_contiguous():
-        raise PVQError(f"{name} must be contiguous.")
-    return tensor
-
-
-def _activation_dtype(x: torch.Tensor) -> int:
-    """The compiled module's number of the dtype of activations."""
-    if x.dtype not in _DTYPES:
-        raise PVQError(f"x has dtype {x.dtype}; use float32, float16 or bfloat16.")
-    return _DTYPES[x.dtype]
-
-
-def _code_bytes(name: str) -> int:
-    return GROUP_SIZE if name == "int8" else SERVING[name].bytes_per_group
+def check_device(device: torch.device, in_features: int = 0) -> None:
+    """Raise PVQError unless layers of `in_features` columns run on `device`; the sentence says what to do."""
+    if device.type == "cuda":
+        cuda_ops.check_device(device.index, in_features)
+    elif device.type not in ("cpu", "meta"):
+        raise PVQError(f"{device} is neither a CPU nor an NVIDIA GPU; PVQ has kernels for these two.")
 
 
 # ---- the product ----------------------------------------------------------------------------------------------------------
@@ -81,35 +69,28 @@ def make_plan(
     """
     if activation not in _ACTIVATIONS:
         raise PVQError(f"activation is {activation!r}; use a8 or a16.")
-    parts = ",".join(f"{codebook_id(name)}:{rows}" for name, rows in segments)
-    orders = "x".join(str(f) for f in factors or [])
-    plan = (
-        f"{in_features};{parts};{_ACTIVATIONS[activation]};{seed};{first_column};{rotation_blocks};{orders}"
-    )
+    parts = [(codebook_id(name), rows) for name, rows in segments]
+    planes = _ACTIVATIONS[activation]
+    plan = str(PlanArguments(in_features, parts, planes, seed, first_column, rotation_blocks, factors or []))
     _plan(plan)
     return plan
 
 
 @cache
 def _plan(text: str) -> _C.LinearPlan:
-    in_features, parts, planes, seed, first_column, blocks, orders = text.split(";")
-    segments = [(int(c), int(r)) for c, r in (p.split(":") for p in parts.split(","))]
-    factors = [int(f) for f in orders.split("x")] if orders else []
     try:
-        return _C.LinearPlan(
-            int(in_features), segments, int(planes), int(seed), int(first_column), int(blocks), factors
-        )
+        return _C.LinearPlan(*PlanArguments.parse(text))
     except ValueError as error:
         raise PVQError(str(error)) from None
 
 
 class PackedLinear(NamedTuple):
-    """Tensors of a layer in the order the kernels read.
+    """Tensors of a layer in the order that the kernels of their device read.
 
     Attributes:
         weight: uint8 [bytes].
-        row_scale: float32 [packed rows], each segment padded to a multiple of 16 with zeros.
-        row_sum: int32 [packed rows], sum of q.
+        row_scale: float32 [packed rows], each segment padded with zeros to a multiple of 16 (on a GPU: 64).
+        row_sum: int32 [packed rows], sum of q; empty on a GPU.
     """
 
     weight: torch.Tensor
@@ -118,7 +99,7 @@ class PackedLinear(NamedTuple):
 
 
 def pack_linear(codes: list[torch.Tensor], row_scale: torch.Tensor, plan: str) -> PackedLinear:
-    """Repack the codes of a checkpoint once, at load.
+    """Repack the codes of a checkpoint once, at load, on the device where they are.
 
     Args:
         codes: one tensor per segment of the plan, uint8 [rows, in_features / 8, B] (int8 codebook: B = 8; an int8 tensor
@@ -126,28 +107,23 @@ def pack_linear(codes: list[torch.Tensor], row_scale: torch.Tensor, plan: str) -
         row_scale: float16 or float32 [out_features].
         plan: from make_plan.
     Raises:
-        PVQError: a wrong shape or dtype, a code or scale out of range; names segment and row.
+        PVQError: a wrong shape or dtype, a code or scale out of range; names segment and row. A GPU that
+            cannot run the layer.
     """
     layer = _plan(plan)
     if len(codes) != len(layer.segments):
         raise PVQError(f"codes has {len(codes)} segments; the plan has {len(layer.segments)}.")
-    if row_scale.shape != (layer.out_features,):
-        raise PVQError(f"row_scale must have shape [{layer.out_features}]; got {list(row_scale.shape)}.")
-    scales = row_scale.float()
-    if not bool((torch.isfinite(scales) & (scales >= 0)).all()):
-        raise PVQError("row_scale has a value that is negative or not finite: copy the checkpoint again.")
-    weight = torch.empty(layer.weight_bytes, dtype=torch.uint8)
-    padded_scale = torch.zeros(layer.packed_rows, dtype=torch.float32)
-    row_sum = torch.zeros(layer.packed_rows, dtype=torch.int32)
+    scales = check_scales(row_scale, layer.out_features)
+    if codes[0].is_cuda:
+        return PackedLinear(*cuda_ops.pack_linear(codes, scales, plan))
+    weight = torch.empty(layer.weight_bytes, dtype=torch.uint8, device="cpu")
+    padded_scale = torch.zeros(layer.packed_rows, dtype=torch.float32, device="cpu")
+    row_sum = torch.zeros(layer.packed_rows, dtype=torch.int32, device="cpu")
     output = 0
     for index, ((codebook, rows, offset, packed), segment) in enumerate(
         zip(layer.segments, codes, strict=True)
     ):
-        name = _codebook_name(codebook)
-        if segment.dtype == torch.int8 and name == "int8" and segment.dim() == 2:
-            segment = segment.contiguous().view(torch.uint8).view(rows, -1, GROUP_SIZE)
-        groups = layer.in_features // GROUP_SIZE
-        _require(f"codes[{index}]", segment, torch.uint8, (rows, groups, _code_bytes(name)))
+        segment = view_codes(index, segment, codebook, rows, layer.in_features, "cpu")
         bad = _C.pack_segment(
             codebook,
             segment.data_ptr(),
@@ -158,15 +134,12 @@ def pack_linear(codes: list[torch.Tensor], row_scale: torch.Tensor, plan: str) -
         )
         if bad >= 0:
             raise PVQError(
-                f"codes[{index}], row {bad}: a {name} code is out of range: copy the checkpoint again."
+                f"codes[{index}], row {bad}: a {codebook_name(codebook)} code is out of range: "
+                "copy the checkpoint again."
             )
         padded_scale[packed : packed + rows] = scales[output : output + rows]
         output += rows
     return PackedLinear(weight, padded_scale, row_sum)
-
-
-def _codebook_name(identity: int) -> str:
-    return "int8" if identity == INT8_ID else next(c.name for c in SERVING.values() if c.id == identity)
 
 
 LIB = torch.library.Library("pvq", "FRAGMENT")  # module global: the operators live as long as it does
@@ -185,7 +158,7 @@ def _linear_cpu(
     plan: str,
 ) -> torch.Tensor:
     layer = _plan(plan)
-    dtype = _activation_dtype(x)
+    dtype = activation_dtype(x)
     if x.shape[-1] != layer.in_features:
         raise PVQError(f"x has {x.shape[-1]} columns; the layer has in_features {layer.in_features}.")
     if out_features != layer.out_features:
@@ -206,7 +179,7 @@ def _linear_cpu(
     x = x.contiguous()
     bias_address = 0
     if bias is not None:
-        _require("bias", bias, x.dtype, (out_features,))
+        require("bias", bias, x.dtype, (out_features,))
         bias_address = bias.data_ptr()
     y = x.new_empty((*x.shape[:-1], out_features))
     _C.linear(
@@ -228,6 +201,7 @@ def _linear_fake(x, weight, row_scale, row_sum, bias, out_features, plan):  # ty
 
 
 LIB.impl("linear", _linear_cpu, "CPU")
+LIB.impl("linear", cuda_ops.linear, "CUDA")
 torch.library.register_fake("pvq::linear", _linear_fake, lib=LIB)
 
 
@@ -249,10 +223,13 @@ def linear(
 def quantize_activations(x: torch.Tensor, plan: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The first half of `linear` alone: planes int8 [1 or 2, num_tokens, in_features], token_scale float32 [num_tokens]."""
     layer = _plan(plan)
-    dtype = _activation_dtype(x)
-    _require("x", x, x.dtype, (None, layer.in_features))
-    planes = torch.empty((layer.num_planes, x.shape[0], layer.in_features), dtype=torch.int8)
-    scale = torch.empty(x.shape[0], dtype=torch.float32)
+    dtype = activation_dtype(x)
+    require("x", x, x.dtype, (None, layer.in_features), x.device)
+    if x.is_cuda:
+        return cuda_ops.quantize_activations(x, plan)
+    require("x", x, x.dtype, (None, layer.in_features))
+    planes = torch.empty((layer.num_planes, x.shape[0], layer.in_features), dtype=torch.int8, device="cpu")
+    scale = torch.empty(x.shape[0], dtype=torch.float32, device="cpu")
     _C.quantize_activations(layer, x.data_ptr(), dtype, x.shape[0], planes.data_ptr(), scale.data_ptr())
     return planes, scale
 
@@ -266,9 +243,9 @@ def decode_codes(codes: torch.Tensor, codebook: str) -> torch.Tensor:
     Raises:
         PVQError: a code out of range; names the row.
     """
-    _require("codes", codes, torch.uint8, (None, None, _code_bytes(codebook)))
+    require("codes", codes, torch.uint8, (None, None, code_bytes(codebook)))
     rows, groups, _ = codes.shape
-    q = torch.empty((rows, groups * GROUP_SIZE), dtype=torch.int8)
+    q = torch.empty((rows, groups * GROUP_SIZE), dtype=torch.int8, device="cpu")
     bad = _C.decode_codes(codebook_id(codebook), codes.data_ptr(), rows, groups * GROUP_SIZE, q.data_ptr())
     if bad >= 0:
         raise PVQError(f"row {bad} has a {codebook} code that is out of range: copy the checkpoint again.")
@@ -276,18 +253,25 @@ def decode_codes(codes: torch.Tensor, codebook: str) -> torch.Tensor:
 
 
 def _check_weight(weight: torch.Tensor, row_scale: torch.Tensor) -> tuple[int, int]:
-    _require("weight", weight, torch.float32, (None, None))
+    require("weight", weight, torch.float32, (None, None), _device(weight))
     rows, columns = weight.shape
-    _require("row_scale", row_scale, torch.float32, (rows,))
+    require("row_scale", row_scale, torch.float32, (rows,), weight.device)
     if columns % GROUP_SIZE:
         raise PVQError(f"weight has {columns} columns; they must be a multiple of {GROUP_SIZE}.")
     return rows, columns
 
 
-def _new_codes(rows: int, columns: int, codebook: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _device(tensor: torch.Tensor) -> torch.device | str:
+    """Where the arguments of an encoder must be: with `tensor` on a GPU, or else on the CPU."""
+    return tensor.device if tensor.is_cuda else "cpu"
+
+
+def _new_codes(weight: torch.Tensor, codebook: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Uninitialised codes and q for the encoder to fill."""
-    codes = torch.empty((rows, columns // GROUP_SIZE, _code_bytes(codebook)), dtype=torch.uint8)
-    return codes, torch.empty((rows, columns), dtype=torch.int8)
+    rows, columns = weight.shape
+    shape = (rows, columns // GROUP_SIZE, code_bytes(codebook))
+    codes = torch.empty(shape, dtype=torch.uint8, device=weight.device)
+    return codes, torch.empty((rows, columns), dtype=torch.int8, device=weight.device)
 
 
 def quantize_rows(
@@ -296,14 +280,17 @@ def quantize_rows(
     """Nearest codeword of every group of eight, over all shapes and gains (csrc/cpu/encode.h).
 
     Args:
-        weight: float32 [rows, columns], rotated, finite.
+        weight: float32 [rows, columns], rotated, finite; on the CPU or a GPU, as all tensors then are.
         codebook: pvq2, pvq3, pvq4 or int8.
         row_scale: float32 [rows].
     Returns:
         codes uint8 [rows, columns / 8, B] and q int8 [rows, columns].
     """
     rows, columns = _check_weight(weight, row_scale)
-    codes, q = _new_codes(rows, columns, codebook)
+    codes, q = _new_codes(weight, codebook)
+    if weight.is_cuda:
+        cuda_ops.encode_rows(weight, row_scale, codebook_id(codebook), codes, q)
+        return codes, q
     _C.encode_rows(
         weight.data_ptr(),
         row_scale.data_ptr(),
@@ -329,9 +316,13 @@ def feedback_block(
         codes, q and error float32 [rows, block]; the caller subtracts ``error @ U[block, rest]`` from the rest.
     """
     rows, columns = _check_weight(weight, row_scale)
-    _require("factor", factor, torch.float32, (columns, columns))
-    codes, q = _new_codes(rows, columns, codebook)
+    require("factor", factor, torch.float32, (columns, columns), weight.device)
+    codes, q = _new_codes(weight, codebook)
     error = torch.empty_like(weight)
+    if weight.is_cuda:
+        identity = codebook_id(codebook)
+        cuda_ops.encode_rows_with_feedback(weight, row_scale, identity, codes, q, factor, error)
+        return codes, q, error
     _C.encode_rows_with_feedback(
         weight.data_ptr(),
         row_scale.data_ptr(),
@@ -358,24 +349,26 @@ def search_row_scale(weight: torch.Tensor, codebook: str, sample_groups: int = 6
     Returns:
         float32 [rows], each a float16 value; 0 for a row of zeros.
     """
-    rows, columns = _check_weight(weight, torch.empty(weight.shape[0]))
+    rows, columns = _check_weight(weight, weight.new_empty(len(weight)))
     if codebook == "int8":
         return _to_half_grid(weight.abs().amax(dim=1) / 127)
     base = weight.square().mean(dim=1).sqrt() / SERVING[codebook].target_rms
-    groups = columns // GROUP_SIZE
-    stride = max(1, groups // sample_groups)
+    stride = max(1, columns // GROUP_SIZE // sample_groups)
+
+    def error_of(scale: torch.Tensor) -> torch.Tensor:
+        error = weight.new_empty(rows)
+        if weight.is_cuda:
+            cuda_ops.encoding_error(weight, scale, codebook_id(codebook), stride, error)
+        else:
+            addresses = weight.data_ptr(), scale.data_ptr(), rows, columns, stride, error.data_ptr()
+            _C.encoding_error(codebook_id(codebook), *addresses)
+        return error
+
     best = _to_half_grid(base)
-    best_error = torch.empty(rows)
-    identity = codebook_id(codebook)
-    _C.encoding_error(
-        identity, weight.data_ptr(), best.data_ptr(), rows, columns, stride, best_error.data_ptr()
-    )
+    best_error = error_of(best)
     for trial in SCALE_TRIALS:
         scale = _to_half_grid(base * trial)
-        error = torch.empty(rows)
-        _C.encoding_error(
-            identity, weight.data_ptr(), scale.data_ptr(), rows, columns, stride, error.data_ptr()
-        )
+        error = error_of(scale)
         better = error < best_error
         best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)
     return best

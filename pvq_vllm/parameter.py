@@ -57,19 +57,21 @@ def _transient_buffer(num_bytes: int) -> torch.Tensor:
     measured.
     """
     if num_bytes == 0 or torch.get_default_device().type != "cpu":
-        return torch.empty(num_bytes, dtype=torch.uint8)
+        return torch.empty(
+            num_bytes, dtype=torch.uint8
+        )  # a GPU: torch keeps what is freed for the next layer
     return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)
 
 
 def canonical_to_int8(
     name: str, codebook: Codebook, weight_packed: torch.Tensor, weight_levels: torch.Tensor, in_features: int
 ) -> torch.Tensor:
-    """Decode rows of codebook ``canonical`` to int8 [rows, in_features], on the CPU (docs/format.md 4.3).
+    """Decode rows of codebook ``canonical`` to int8 [rows, in_features] (docs/format.md 4.3).
 
     Args:
         name: of the module, for messages.
         codebook: group_size, num_pulses and amplitude_bits.
-        weight_packed: uint8 [rows, row_bytes], any device.
+        weight_packed: uint8 [rows, row_bytes]; it is decoded where it is, on the CPU or a GPU.
         weight_levels: float32 [2^amplitude_bits], any device.
         in_features: columns of the whole module, a multiple of 8 and of the group size.
     Raises:
@@ -79,7 +81,7 @@ def canonical_to_int8(
 
     try:
         return decode_canonical(
-            weight_packed.cpu().contiguous(),
+            weight_packed.contiguous(),
             weight_levels.cpu().contiguous(),
             codebook.group_size,
             codebook.num_pulses,
@@ -246,6 +248,7 @@ class LayerWeights:
         self, index: int, weight_packed: torch.Tensor, weight_levels: torch.Tensor, target: torch.Tensor
     ) -> None:
         shard = self.shards[index]
+        weight_packed = weight_packed.to(target.device)
         q = canonical_to_int8(
             shard.name, shard.codebook, weight_packed, weight_levels, self.source_in_features
         )

@@ -20,7 +20,13 @@ CPP_SUFFIXES = {".cpp", ".h", ".cu", ".cuh"}
 
 # Module or package: the only places that may import it, a file or a folder that ends in "/".
 ONLY_IMPORTED_BY = {
-    "pvq_vllm._C": ("pvq_vllm/ops.py", "pvq_vllm/canonical_ops.py", "pvq_vllm/codec/serving.py"),
+    "pvq_vllm._C": (
+        "pvq_vllm/ops.py",
+        "pvq_vllm/cuda_ops.py",
+        "pvq_vllm/canonical_ops.py",
+        "pvq_vllm/codec/serving.py",
+    ),
+    "pvq_vllm.cuda_ops": ("pvq_vllm/ops.py", "pvq_vllm/canonical_ops.py"),
     "vllm": (
         "pvq_vllm/__init__.py",  # inside register()
         "pvq_vllm/config.py",
@@ -43,13 +49,23 @@ NEVER_IMPORTS = {
     "pvq_vllm/codec/": (
         "vllm",
         "transformers",
+        "pvq_vllm.arguments",
         "pvq_vllm.ops",
+        "pvq_vllm.cuda_ops",
         "pvq_vllm.canonical_ops",
         "pvq_vllm.parameter",
         "pvq_vllm.config",
         "pvq_vllm.linear",
     ),
     "pvq_vllm/ops.py": ("vllm", "transformers", "pvq_vllm.parameter", "pvq_vllm.config", "pvq_vllm.linear"),
+    "pvq_vllm/cuda_ops.py": (
+        "vllm",
+        "transformers",
+        "pvq_vllm.ops",
+        "pvq_vllm.parameter",
+        "pvq_vllm.config",
+        "pvq_vllm.linear",
+    ),
     "pvq_vllm/canonical_ops.py": ("vllm", "transformers", "pvq_vllm.config", "pvq_vllm.linear"),
     "pvq_vllm/parameter.py": ("vllm", "transformers", "pvq_vllm.config", "pvq_vllm.linear"),
     "pvq_vllm/": ("offline_quant", "server", "demo"),
@@ -147,7 +163,12 @@ def test_only_the_bindings_include_pybind11():
     found = {
         relative(path) for path in cpp_files() if any(name.startswith("pybind11") for name in includes(path))
     }
-    assert found == {"csrc/bindings.cpp", "csrc/canonical_bindings.h"}
+    assert found == {
+        "csrc/bindings.cpp",
+        "csrc/canonical_bindings.h",
+        "csrc/cuda/bindings.cpp",
+        "csrc/cuda/bindings.h",
+    }
 
 
 def test_codebooks_do_not_include_kernels():

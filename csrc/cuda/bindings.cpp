@@ -1,0 +1,191 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "bindings.h"
+
+#include <pybind11/stl.h>
+
+#include <tuple>
+
+#include "canonical.h"
+#include "dispatch.h"
+#include "encode.h"
+#include "pack.h"
+
+namespace py = pybind11;
+
+namespace pvq::cuda {
+namespace {
+
+using Address = std::uintptr_t;
+
+template <typename T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+CodebookId codebook_id(int id) {
+  if (id < 0 || id >= kNumCodebooks) throw py::value_error("unknown codebook id " + std::to_string(id));
+  return static_cast<CodebookId>(id);
+}
+
+cudaStream_t stream_at(Address stream) { return reinterpret_cast<cudaStream_t>(stream); }
+
+py::list segments_of(const CudaPlan& plan) {  // (codebook, rows, weight offset, packed row)
+  py::list list;
+  for (const Segment& s : plan.segments)
+    list.append(py::make_tuple(static_cast<int>(s.codebook), s.rows, s.weight_offset, s.packed_row));
+  return list;
+}
+
+py::dict offsets_of(const CudaPlan& plan, std::int64_t num_tokens) {  // for tests: what lies where in the workspace
+  const Workspace w = plan.workspace(num_tokens);
+  py::dict d;
+  d["activations"] = w.activations;
+  d["sums"] = w.sums;
+  d["token_scale"] = w.token_scale;
+  d["padded_columns"] = w.padded_columns;
+  d["bytes"] = w.bytes;
+  return d;
+}
+
+Constants constants_at(const std::vector<Address>& tables, Address signs) {
+  Constants constants{};
+  for (std::size_t i = 0; i < tables.size() && i < kNumCodebooks; ++i) constants.tables[i] = at<const std::uint32_t>(tables[i]);
+  constants.signs = at<const std::uint32_t>(signs);
+  return constants;
+}
+
+void linear_at(const CudaPlan& plan, Constants constants, Address counters, Address x, int dtype, std::int64_t num_tokens,
+               Address weight, Address row_scale, Address bias, Address y, Address workspace, int device, Address stream) {
+  const DeviceScope scope(device);
+  constants.counters = at<std::int32_t>(counters);
+  linear(plan, constants,
+         {at<const void>(x), static_cast<DType>(dtype), num_tokens, at<const std::uint8_t>(weight), at<const float>(row_scale),
+          at<const void>(bias), at<void>(y), at<char>(workspace), stream_at(stream)});
+}
+
+void quantize_at(const CudaPlan& plan, const Constants& constants, Address x, int dtype, std::int64_t num_tokens,
+                 Address workspace, int device, Address stream) {
+  const DeviceScope scope(device);
+  quantize_activations(plan, constants,
+                       {at<const void>(x), static_cast<DType>(dtype), num_tokens, nullptr, nullptr, nullptr, nullptr,
+                        at<char>(workspace), stream_at(stream)});
+}
+
+EncodeArgs encode_args(int codebook, Address weight, Address row_scale, std::int64_t rows, std::int64_t columns, Address codes,
+                       Address q) {
+  return {codebook_id(codebook), at<const float>(weight), at<const float>(row_scale), rows, columns, at<std::uint8_t>(codes),
+          at<std::int8_t>(q)};
+}
+
+void bind_encoder(py::module_& m) {
+  using Release = py::call_guard<py::gil_scoped_release>;
+  m.def(
+      "encode_rows",
+      [](int codebook, Address weight, Address row_scale, std::int64_t rows, std::int64_t columns, Address codes, Address q,
+         int device, Address stream) {
+        const DeviceScope scope(device);
+        encode_rows(encode_args(codebook, weight, row_scale, rows, columns, codes, q), stream_at(stream));
+      },
+      Release());
+  m.def(
+      "encode_rows_with_feedback",
+      [](int codebook, Address weight, Address row_scale, std::int64_t rows, std::int64_t columns, Address codes, Address q,
+         Address factor, Address error, int device, Address stream) {
+        const DeviceScope scope(device);
+        encode_rows_with_feedback(encode_args(codebook, weight, row_scale, rows, columns, codes, q), at<const float>(factor),
+                                  at<float>(error), stream_at(stream));
+      },
+      Release());
+  m.def(
+      "encoding_error",
+      [](int codebook, Address weight, Address row_scale, std::int64_t rows, std::int64_t columns, std::int64_t stride,
+         Address error, int device, Address stream) {
+        const DeviceScope scope(device);
+        encoding_error(codebook_id(codebook), at<const float>(weight), at<const float>(row_scale), rows, columns, stride,
+                       at<float>(error), stream_at(stream));
+      },
+      Release());
+}
+
+void bind_decoder(py::module_& m) {
+  using Release = py::call_guard<py::gil_scoped_release>;
+  m.def(
+      "canonical_workspace_bytes",
+      [](int group_size, int num_pulses, int amplitude_bits, std::int64_t groups, std::int64_t rows) {
+        return canonical_workspace_bytes({group_size, num_pulses, amplitude_bits, groups}, rows);
+      },
+      Release());
+  m.def(
+      "canonical_decode_rows",
+      [](int group_size, int num_pulses, int amplitude_bits, std::int64_t groups, Address packed, Address levels,
+         std::int64_t rows, Address q, Address fault, Address workspace, std::int64_t workspace_bytes, int device, Address stream) {
+        const DeviceScope scope(device);
+        canonical_decode_rows(at<const std::uint8_t>(packed), at<const float>(levels), rows,
+                              {group_size, num_pulses, amplitude_bits, groups}, at<std::int8_t>(q), at<std::int64_t>(fault),
+                              at<void>(workspace), workspace_bytes, stream_at(stream));
+      },
+      Release());
+  m.def("canonical_fault", [](std::int64_t word) {  // (fault, row, group), fault 0: none
+    const DecodeStatus status = canonical_fault(word);
+    return std::make_tuple(static_cast<int>(status.fault), status.row, status.group);
+  });
+}
+
+}  // namespace
+
+void bind(py::module_ m) {
+  using Release = py::call_guard<py::gil_scoped_release>;
+  m.attr("architectures") = PVQ_CUDA_ARCHITECTURES;
+  m.attr("num_counters") = kNumCounters;
+
+  py::class_<DeviceReport>(m, "DeviceReport")
+      .def_readonly("name", &DeviceReport::name)
+      .def_readonly("capability", &DeviceReport::capability)
+      .def_readonly("max_in_features", &DeviceReport::max_in_features)
+      .def_readonly("driver_version", &DeviceReport::driver_version)
+      .def_readonly("runtime_version", &DeviceReport::runtime_version)
+      .def_readonly("fault", &DeviceReport::fault);
+  m.def("describe_device", &describe_device, Release());
+
+  py::class_<CudaPlan>(m, "CudaPlan")
+      .def(py::init<std::int64_t, const std::vector<std::pair<int, std::int64_t>>&, int, std::uint64_t, std::int64_t,
+                    std::int64_t, const std::vector<int>&>(),
+           py::arg("in_features"), py::arg("segments"), py::arg("num_planes"), py::arg("seed"), py::arg("first_column"),
+           py::arg("rotation_blocks"), py::arg("factors"))
+      .def_readonly("in_features", &CudaPlan::in_features)
+      .def_readonly("out_features", &CudaPlan::out_features)
+      .def_readonly("packed_rows", &CudaPlan::packed_rows)
+      .def_readonly("weight_bytes", &CudaPlan::weight_bytes)
+      .def_readonly("num_planes", &CudaPlan::num_planes)
+      .def_readonly("sign_bits", &CudaPlan::sign_bits)
+      .def_property_readonly("segments", &segments_of)
+      .def("workspace_bytes", [](const CudaPlan& plan, std::int64_t num_tokens) { return plan.workspace(num_tokens).bytes; })
+      .def("workspace_offsets", &offsets_of);
+  py::class_<Constants>(m, "Constants").def(py::init(&constants_at), py::arg("tables"), py::arg("signs"));
+
+  m.def("device_table", [](int codebook) { return device_table(codebook_id(codebook)); });
+  m.def(
+      "pack_rows",
+      [](int codebook, Address codes, std::int64_t rows, std::int64_t in_features, std::int64_t first_row, Address weight,
+         Address table, Address invalid_row, int device, Address stream) {
+        const DeviceScope scope(device);
+        pack_rows(codebook_id(codebook), at<const std::uint8_t>(codes), rows, in_features, first_row, at<std::uint8_t>(weight),
+                  at<const std::uint32_t>(table), at<std::int64_t>(invalid_row), stream_at(stream));
+      },
+      Release());
+  m.def(
+      "unpack_rows",
+      [](int codebook, Address weight, std::int64_t first_row, std::int64_t rows, std::int64_t in_features, Address table,
+         Address q, int device, Address stream) {
+        const DeviceScope scope(device);
+        unpack_rows(codebook_id(codebook), at<const std::uint8_t>(weight), first_row, rows, in_features,
+                    at<const std::uint32_t>(table), at<std::int8_t>(q), stream_at(stream));
+      },
+      Release());
+  m.def("linear", &linear_at, Release());
+  m.def("quantize_activations", &quantize_at, Release());
+  bind_encoder(m);
+  bind_decoder(m);
+}
+
+}  // namespace pvq::cuda

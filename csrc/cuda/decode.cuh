@@ -1,0 +1,209 @@
+// SPDX-License-Identifier: Apache-2.0
+// A lane's part of a packed chunk (layout.h) to the int8 fragments A of the tensor cores.
+#pragma once
+
+#include <cstdint>
+
+#include "layout.h"
+#include "mma.cuh"
+
+namespace pvq::cuda {
+
+struct GainPair {       // of one gain: magnitudes are base4 + step * digits, four bytes at once
+  std::uint32_t step, base4;
+};
+
+// What decoding reads from shared memory, as 32-bit shared addresses. The digits (for pvq2: magnitudes) are aligned to the power of
+// two that holds them, kTableAlignment, and the gains to 64 bytes: an index is then put into an address by the same LOP3 that masks it.
+struct Tables {
+  std::uint32_t digits, gains;
+};
+constexpr int kGainTableBytes = kMaxGains * sizeof(GainPair);
+constexpr int kTableAlignment = kDigitTableWords * 4;
+constexpr int table_bytes(CodebookId id) {  // digits alone
+  return id == CodebookId::kInt8 ? 0 : id == CodebookId::kPvq2 ? 256 * 8 : kDigitTableWords * 4;
+}
+constexpr int table_words(CodebookId id) {  // of the global table (device_table)
+  return id == CodebookId::kInt8 ? 0 : id == CodebookId::kPvq2 ? 512 : kDigitTableWords;
+}
+
+struct Ladder {
+  GainPair pairs[kMaxGains];
+};
+constexpr Ladder make_ladder(CodebookId id) {  // pvq3 and pvq4: one ladder for all pyramids
+  Ladder ladder{};
+  for (int g = 0; g < kMaxGains; ++g) {
+    const Rung rung = find_codebook(id)->gains[0][g];
+    ladder.pairs[g] = {static_cast<std::uint32_t>(rung.step), static_cast<std::uint32_t>(rung.base) * 0x01010101u};
+  }
+  return ladder;
+}
+
+// The gains, kGainTableBytes at `gains`, by the first threads of a block; then synchronize.
+template <CodebookId kId>
+__device__ __forceinline__ void write_gains(void* gains, int thread) {
+  if constexpr (kId == CodebookId::kPvq3 || kId == CodebookId::kPvq4) {
+    constexpr Ladder ladder = make_ladder(kId);
+#pragma unroll
+    for (int g = 0; g < kMaxGains; ++g)
+      if (thread == g) static_cast<GainPair*>(gains)[g] = ladder.pairs[g];
+  }
+}
+
+// Four bytes of 0xff or 0 from the top bits of the bytes. (__byte_perm drops the selector's sign bit.)
+__device__ __forceinline__ std::uint32_t sign_masks(std::uint32_t word) {
+  std::uint32_t masks;
+  asm("prmt.b32 %0, %1, %2, 0xba98;" : "=r"(masks) : "r"(word), "r"(0u));
+  return masks;
+}
+
+__device__ __forceinline__ std::uint32_t shared_address(const void* shared) {
+  return static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));
+}
+
+__device__ __forceinline__ std::uint32_t shared_word(std::uint32_t address) {
+  std::uint32_t word;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address));
+  return word;
+}
+
+__device__ __forceinline__ uint2 shared_pair(std::uint32_t address) {
+  uint2 pair;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(pair.x), "=r"(pair.y) : "r"(address));
+  return pair;
+}
+
+constexpr std::uint32_t kLowNibbles = 0x0f0f0f0fu, kLowBits = 0x01010101u;
+
+// Read once and never again: past the first-level cache.
+__device__ __forceinline__ uint4 load_stream(const uint4* address) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
+  return v;
+}
+__device__ __forceinline__ uint2 load_stream(const uint2* address) {
+  uint2 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(address));
+  return v;
+}
+
+__device__ __forceinline__ std::uint32_t word_of(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+__device__ __forceinline__ std::uint32_t word_of(const uint2& v, int i) { return i == 0 ? v.x : v.y; }
+
+// One chunk of one lane. load(): from global memory; copy(): the same bytes to shared memory, asynchronously; read(): from there. decode(): step s (a compile-time
+// constant after unrolling) to a[0] = row g low, a[1] = row g + 8 low, a[2] = row g high, a[3] = row g + 8 high.
+template <CodebookId kId>
+struct LaneChunk;
+
+// The magnitudes of both groups of a step, pvq3 and pvq4. `refinement`: bits already at bit 3 - leaf of each byte, or 0.
+template <bool kRefined>
+__device__ __forceinline__ void decode_joined(std::uint32_t code, std::uint32_t bits, std::uint32_t sign_source, const Tables& tables,
+                                              std::uint32_t (&a)[4]) {
+  const std::uint32_t digits0 = shared_word((code & 0x7ffcu) | tables.digits);
+  const std::uint32_t digits1 = shared_word(((code >> 16) & 0x7ffcu) | tables.digits);
+  const uint2 gain0 = shared_pair(((code >> 12) & 0x38u) | tables.gains);  // GainPair
+  const uint2 gain1 = shared_pair((__funnelshift_l(code, code, 4) & 0x38u) | tables.gains);
+  std::uint32_t j0, j1, j2, j3;  // by leaf
+  if constexpr (kRefined) {
+    j0 = ((digits0 << 1) & (kLowNibbles << 1)) | ((bits >> 3) & kLowBits);
+    j1 = ((digits0 >> 3) & (kLowNibbles << 1)) | ((bits >> 2) & kLowBits);
+    j2 = ((digits1 << 1) & (kLowNibbles << 1)) | ((bits >> 1) & kLowBits);
+    j3 = ((digits1 >> 3) & (kLowNibbles << 1)) | (bits & kLowBits);
+  } else {
+    j0 = digits0 & kLowNibbles;
+    j1 = (digits0 >> 4) & kLowNibbles;
+    j2 = digits1 & kLowNibbles;
+    j3 = (digits1 >> 4) & kLowNibbles;
+  }
+  a[0] = (j0 * gain0.x + gain0.y) ^ sign_masks(sign_source);
+  a[2] = (j1 * gain0.x + gain0.y) ^ sign_masks(sign_source << 1);
+  a[1] = (j2 * gain1.x + gain1.y) ^ sign_masks(sign_source << 2);
+  a[3] = (j3 * gain1.x + gain1.y) ^ sign_masks(sign_source << 3);
+}
+
+template <>
+struct LaneChunk<CodebookId::kPvq4> {
+  uint4 code, bits;
+  __device__ __forceinline__ void load(const std::uint8_t* chunk, int lane) {
+    code = load_stream(reinterpret_cast<const uint4*>(chunk) + lane);
+    bits = load_stream(reinterpret_cast<const uint4*>(chunk) + 32 + lane);
+  }
+  __device__ __forceinline__ static void copy(char* shared, const std::uint8_t* chunk, int lane) {
+    copy_async_16(shared + 16 * lane, chunk + 16 * lane);
+    copy_async_16(shared + 512 + 16 * lane, chunk + 512 + 16 * lane);
+  }
+  __device__ __forceinline__ void read(const char* chunk, int lane) {
+    code = *(reinterpret_cast<const uint4*>(chunk) + lane);
+    bits = *(reinterpret_cast<const uint4*>(chunk) + 32 + lane);
+  }
+  __device__ __forceinline__ void decode(int s, const Tables& tables, std::uint32_t (&a)[4]) const {
+    decode_joined<true>(word_of(code, s), word_of(bits, s), word_of(bits, s), tables, a);
+  }
+};
+
+template <>
+struct LaneChunk<CodebookId::kPvq3> {
+  uint4 code;
+  uint2 bits;
+  __device__ __forceinline__ void load(const std::uint8_t* chunk, int lane) {
+    code = load_stream(reinterpret_cast<const uint4*>(chunk) + lane);
+    bits = load_stream(reinterpret_cast<const uint2*>(chunk + 512) + lane);
+  }
+  __device__ __forceinline__ static void copy(char* shared, const std::uint8_t* chunk, int lane) {
+    copy_async_16(shared + 16 * lane, chunk + 16 * lane);
+    copy_async_8(shared + 512 + 8 * lane, chunk + 512 + 8 * lane);
+  }
+  __device__ __forceinline__ void read(const char* chunk, int lane) {
+    code = *(reinterpret_cast<const uint4*>(chunk) + lane);
+    bits = *(reinterpret_cast<const uint2*>(chunk + 512) + lane);
+  }
+  __device__ __forceinline__ void decode(int s, const Tables& tables, std::uint32_t (&a)[4]) const {
+    decode_joined<false>(word_of(code, s), 0, word_of(bits, s / 2) << (4 * (s & 1)), tables, a);
+  }
+};
+
+template <>
+struct LaneChunk<CodebookId::kPvq2> {
+  uint4 words;
+  __device__ __forceinline__ void load(const std::uint8_t* chunk, int lane) {
+    words = load_stream(reinterpret_cast<const uint4*>(chunk) + lane);
+  }
+  __device__ __forceinline__ static void copy(char* shared, const std::uint8_t* chunk, int lane) {
+    copy_async_16(shared + 16 * lane, chunk + 16 * lane);
+  }
+  __device__ __forceinline__ void read(const char* chunk, int lane) { words = *(reinterpret_cast<const uint4*>(chunk) + lane); }
+  __device__ __forceinline__ void decode(int s, const Tables& tables, std::uint32_t (&a)[4]) const {
+    const std::uint32_t code = word_of(words, s / 2) >> (16 * (s & 1)), signs = word_of(words, 2 + s / 2) << (4 * (s & 1));
+    const uint2 group0 = shared_pair(((code << 3) & 0x7f8u) | tables.digits);
+    const uint2 group1 = shared_pair(((code >> 5) & 0x7f8u) | tables.digits);
+    a[0] = group0.x ^ sign_masks(signs);
+    a[2] = group0.y ^ sign_masks(signs << 1);
+    a[1] = group1.x ^ sign_masks(signs << 2);
+    a[3] = group1.y ^ sign_masks(signs << 3);
+  }
+};
+
+template <>
+struct LaneChunk<CodebookId::kInt8> {
+  uint4 fragment[kSteps];
+  __device__ __forceinline__ void load(const std::uint8_t* chunk, int lane) {
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) fragment[s] = load_stream(reinterpret_cast<const uint4*>(chunk) + 32 * s + lane);
+  }
+  __device__ __forceinline__ static void copy(char* shared, const std::uint8_t* chunk, int lane) {
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) copy_async_16(shared + 512 * s + 16 * lane, chunk + 512 * s + 16 * lane);
+  }
+  __device__ __forceinline__ void read(const char* chunk, int lane) {
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) fragment[s] = *(reinterpret_cast<const uint4*>(chunk) + 32 * s + lane);
+  }
+  __device__ __forceinline__ void decode(int s, const Tables&, std::uint32_t (&a)[4]) const {
+    a[0] = fragment[s].x;
+    a[1] = fragment[s].y;
+    a[2] = fragment[s].z;
+    a[3] = fragment[s].w;
+  }
+};
+
+}  // namespace pvq::cuda

@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "dispatch.h"
+
+#include <cstdlib>
+#include <stdexcept>
+
+#include "launch.h"
+#include "rotate.cuh"
+
+namespace pvq::cuda {
+namespace {
+
+constexpr std::int64_t kFewColumns = kMaxFewColumns;
+constexpr std::int64_t kStaticSharedBytes = 24 * 1024;  // at most, of the kernel that rotates
+
+enum class Choice { kAuto, kFew, kMma, kWgmma };
+
+Choice choice() {
+  const char* text = std::getenv("PVQ_CUDA_KERNEL");
+  if (text == nullptr || *text == 0) return Choice::kAuto;
+  const std::string name(text);
+  if (name == "auto") return Choice::kAuto;
+  if (name == "few") return Choice::kFew;
+  if (name == "mma") return Choice::kMma;
+  if (name == "wgmma") return Choice::kWgmma;
+  throw std::invalid_argument("PVQ_CUDA_KERNEL is '" + name + "'; use auto, few, mma or wgmma.");
+}
+
+// wgmma exists on compute capability 9.0 and only in code compiled for 9.0a.
+bool has_wgmma() {
+#ifdef PVQ_WITH_WGMMA
+  return device_properties().capability == 90;
+#else
+  return false;
+#endif
+}
+
+Tokens tokens_of(const CudaPlan& plan, const Constants& constants, const Call& call) {
+  Tokens tokens{call.x, call.dtype, call.num_tokens, plan.in_features, plan.num_planes, plan.scale_constant, plan.rotation};
+  tokens.rotation.signs = constants.signs;
+  return tokens;
+}
+
+Activations activations_of(const CudaPlan& plan, const Workspace& w, const Call& call) {
+  return {reinterpret_cast<std::int8_t*>(call.workspace + w.activations),
+          reinterpret_cast<std::int32_t*>(call.workspace + w.sums),
+          reinterpret_cast<float*>(call.workspace + w.token_scale),
+          call.num_tokens,
+          num_chunks(plan.in_features),
+          w.padded_columns,
+          plan.num_planes};
+}
+
+void multiply(Choice chosen, const Activations& a, const Weight& weight, const Output& output, const Scratch& scratch,
+              cudaStream_t stream) {
+  if (chosen == Choice::kAuto)
+    chosen = a.num_columns() <= kFewColumns ? Choice::kFew : has_wgmma() ? Choice::kWgmma : Choice::kMma;
+  const bool few = chosen == Choice::kFew && a.num_columns() <= kFewColumns;
+  if (few && few_columns(a, weight, output, scratch, stream)) return;
+  if (chosen != Choice::kMma && has_wgmma()) {
+    many_columns_wgmma(a, weight, output, scratch, stream);
+  } else {
+    many_columns(a, weight, output, scratch, stream);
+  }
+}
+
+// What describe_device looks for in this file's machine code.
+__global__ void probe() {}
+
+}  // namespace
+
+void linear(const CudaPlan& plan, const Constants& constants, const Call& call) {
+  if (call.num_tokens <= 0) return;
+  const Choice chosen = choice();
+  const Workspace w = plan.workspace(call.num_tokens);
+  const Tokens tokens = tokens_of(plan, constants, call);
+  const Activations a = activations_of(plan, w, call);
+  const Scratch scratch{reinterpret_cast<std::int32_t*>(call.workspace + w.partial), w.partial_elements, constants.counters};
+  const std::int64_t element_bytes = call.dtype == DType::kFloat32 ? 4 : 2;
+  const bool alone = chosen == Choice::kAuto && call.num_tokens == 1 && plan.segments.size() == 1;
+  bool quantized = false;
+  for (const Segment& segment : plan.segments) {
+    const Weight weight{segment.codebook,
+                        call.weight + segment.weight_offset,
+                        call.row_scale + segment.packed_row,
+                        constants.tables[static_cast<int>(segment.codebook)],
+                        segment.rows,
+                        a.num_chunks};
+    const std::int64_t offset = segment.output_row * element_bytes;
+    const Output output{static_cast<char*>(call.y) + offset,
+                        call.bias == nullptr ? nullptr : static_cast<const char*>(call.bias) + offset, call.dtype,
+                        plan.out_features};
+    if (alone && one_token(tokens, weight, output, scratch, call.stream)) return;
+    if (!quantized) rotate_quantize(tokens, a, call.stream);
+    quantized = true;
+    multiply(chosen, a, weight, output, scratch, call.stream);
+  }
+}
+
+void quantize_activations(const CudaPlan& plan, const Constants& constants, const Call& call) {
+  if (call.num_tokens <= 0) return;
+  const Workspace w = plan.workspace(call.num_tokens);
+  rotate_quantize(tokens_of(plan, constants, call), activations_of(plan, w, call), call.stream);
+}
+
+DeviceScope::DeviceScope(int device) {
+  int current = 0;
+  check(cudaGetDevice(&current), "current GPU");
+  if (current == device) return;
+  check(cudaSetDevice(device), "choice of a GPU");
+  previous_ = current;
+}
+
+DeviceScope::~DeviceScope() {
+  if (previous_ >= 0) (void)cudaSetDevice(previous_);
+}
+
+DeviceReport describe_device(int device) {
+  DeviceReport report;
+  (void)cudaRuntimeGetVersion(&report.runtime_version);
+  (void)cudaDriverGetVersion(&report.driver_version);
+  cudaDeviceProp properties{};
+  cudaFuncAttributes attributes{};
+  cudaError_t status = cudaGetDeviceProperties(&properties, device);
+  if (status == cudaSuccess) {
+    report.name = properties.name;
+    report.capability = 10 * properties.major + properties.minor;
+    const std::int64_t room = static_cast<std::int64_t>(properties.sharedMemPerBlockOptin) - kStaticSharedBytes;
+    std::int64_t n = room / 4 / kGroupSize * kGroupSize;
+    while (n > 0 && float_buffer_bytes(n) > room) n -= kGroupSize;
+    report.max_in_features = n;
+    try {
+      const DeviceScope scope(device);
+      status = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&probe));
+    } catch (const std::runtime_error& error) {
+      report.fault = error.what();
+    }
+  }
+  if (status == cudaErrorInsufficientDriver) {
+    report.fault = "driver";
+  } else if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction ||
+             status == cudaErrorUnsupportedPtxVersion) {
+    report.fault = "image";
+  } else if (status != cudaSuccess) {
+    report.fault = cudaGetErrorString(status);
+  }
+  (void)cudaGetLastError();
+  return report;
+}
+
+}  // namespace pvq::cuda

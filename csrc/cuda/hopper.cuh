@@ -1,0 +1,218 @@
+// SPDX-License-Identifier: Apache-2.0
+// The instructions of sm_90a that have no intrinsic: barriers in shared memory, bulk copies, warpgroup multiplication. Addresses
+// of shared memory are 32-bit.
+#pragma once
+
+#include <cstdint>
+
+namespace pvq::cuda {
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// Barriers: mbarrier objects of 8 bytes.
+
+__device__ __forceinline__ void init_barrier(std::uint32_t barrier, std::uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// After init_barrier, by the thread that did it and before the threads (of the cluster) synchronize.
+__device__ __forceinline__ void fence_barrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// Arrives once and lets the phase wait for `bytes` more of bulk copies.
+__device__ __forceinline__ void expect_bytes(std::uint32_t barrier, std::uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void arrive(std::uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// At the same barrier of another CTA of the cluster.
+__device__ __forceinline__ void arrive_at(std::uint32_t barrier, std::uint32_t rank) {
+  asm volatile(
+      "{\n.reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
+
+// Until the phase of this parity is over. A fresh barrier is in phase 0, and the phase before it, of parity 1, counts as over.
+template <bool kCluster = false>
+__device__ __forceinline__ void wait_barrier(std::uint32_t barrier, std::uint32_t parity) {
+  std::uint32_t done;
+  do {
+    if constexpr (kCluster)
+      asm volatile(
+          "{\n.reg .pred p;\n"
+          "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+          "selp.b32 %0, 1, 0, p;\n}"
+          : "=r"(done)
+          : "r"(barrier), "r"(parity)
+          : "memory");
+    else
+      asm volatile(
+          "{\n.reg .pred p;\n"
+          "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+          "selp.b32 %0, 1, 0, p;\n}"
+          : "=r"(done)
+          : "r"(barrier), "r"(parity)
+          : "memory");
+  } while (done == 0);
+}
+
+// Clusters.
+
+__device__ __forceinline__ std::uint32_t cluster_rank() {
+  std::uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+__device__ __forceinline__ void synchronize_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Threads `count` (a multiple of 32) of a CTA, barrier `id` from 1 to 15.
+__device__ __forceinline__ void synchronize_threads(int id, int count) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory");
+}
+
+// Registers of a thread from here on, for all warps of a warpgroup: given back to, or taken from, those of the CTA.
+template <int kRegisters>
+__device__ __forceinline__ void shrink_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void grow_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// Copies of `bytes` (a multiple of 16, addresses too) to shared memory. `barrier` counts the bytes.
+
+__device__ __forceinline__ void copy_bulk(std::uint32_t to, const void* from, std::uint32_t bytes, std::uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
+               "r"(bytes), "r"(barrier)
+               : "memory");
+}
+
+// To the same place of every CTA of `mask`, each with its own barrier.
+__device__ __forceinline__ void copy_bulk_multicast(std::uint32_t to, const void* from, std::uint32_t bytes,
+                                                    std::uint32_t barrier, std::uint16_t mask) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "h"(mask)
+      : "memory");
+}
+
+// Warpgroup multiplication, m64nNk32 of int8: A in registers, B in shared memory, [column][128 bytes of k] with the 128-byte
+// swizzle. The asm statements name no memory, so that loads of tables may move across them; the barriers do order memory.
+
+// B at an address that is aligned to 1024 bytes but for the place in k, a multiple of 32 bytes.
+__device__ __forceinline__ std::uint64_t swizzled_operand(std::uint32_t address) {
+  constexpr std::uint32_t kLeading = 1;         // not used with a swizzle
+  constexpr std::uint32_t kStride = 1024 >> 4;  // eight columns of 128 bytes
+  constexpr std::uint32_t kSwizzle128 = 1;
+  const std::uint32_t low = (address >> 4 & 0x3fffu) | kLeading << 16, high = kStride | (kSwizzle128 << 30);
+  return static_cast<std::uint64_t>(high) << 32 | low;
+}
+
+// Orders register writes before the multiplications that follow.
+__device__ __forceinline__ void fence_operands() { asm volatile("wgmma.fence.sync.aligned;"); }
+__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;"); }
+
+// Until at most kPending groups are in flight.
+template <int kPending>
+__device__ __forceinline__ void wait_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending));
+}
+
+// Keeps a value in its registers up to here: what a multiplication in flight reads must not be given to something else.
+__device__ __forceinline__ void keep(std::uint32_t (&a)[4]) { asm volatile("" : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3])); }
+
+// A from shared memory; like other asm volatile it stays behind the wait before it.
+__device__ __forceinline__ void load_fragment(std::uint32_t address, std::uint32_t (&a)[4]) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(address));
+}
+
+// d += A B, [64, kN]: lane 4 g + t of warp w has rows 16 w + g, + 8 of columns 8 j + 2 t, + 1: d[4 j + 2 (+ 8) + (+ 1)].
+template <int kN>
+__device__ __forceinline__ void multiply(std::int32_t (&d)[kN / 2], const std::uint32_t (&a)[4], std::uint64_t b);
+
+#define PVQ_D(i) "+r"(d[i])
+#define PVQ_D8(i) \
+  PVQ_D(i), PVQ_D(i + 1), PVQ_D(i + 2), PVQ_D(i + 3), PVQ_D(i + 4), PVQ_D(i + 5), PVQ_D(i + 6), PVQ_D(i + 7)
+
+template <>
+__device__ __forceinline__ void multiply<16>(std::int32_t (&d)[8], const std::uint32_t (&a)[4], std::uint64_t b) {
+  asm volatile("wgmma.mma_async.sync.aligned.m64n16k32.s32.s8.s8 {"
+               "%0, %1, %2, %3, %4, %5, %6, %7}, "
+               "{%8, %9, %10, %11}, %12, 1;"
+               : PVQ_D8(0)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+template <>
+__device__ __forceinline__ void multiply<32>(std::int32_t (&d)[16], const std::uint32_t (&a)[4], std::uint64_t b) {
+  asm volatile("wgmma.mma_async.sync.aligned.m64n32k32.s32.s8.s8 {"
+               "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+               "{%16, %17, %18, %19}, %20, 1;"
+               : PVQ_D8(0), PVQ_D8(8)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+template <>
+__device__ __forceinline__ void multiply<64>(std::int32_t (&d)[32], const std::uint32_t (&a)[4], std::uint64_t b) {
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {"
+               "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+               "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+               "{%32, %33, %34, %35}, %36, 1;"
+               : PVQ_D8(0), PVQ_D8(8), PVQ_D8(16), PVQ_D8(24)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+template <>
+__device__ __forceinline__ void multiply<128>(std::int32_t (&d)[64], const std::uint32_t (&a)[4], std::uint64_t b) {
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {"
+               "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+               "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+               "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+               "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+               "{%64, %65, %66, %67}, %68, 1;"
+               : PVQ_D8(0), PVQ_D8(8), PVQ_D8(16), PVQ_D8(24), PVQ_D8(32), PVQ_D8(40), PVQ_D8(48), PVQ_D8(56)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+template <>
+__device__ __forceinline__ void multiply<256>(std::int32_t (&d)[128], const std::uint32_t (&a)[4], std::uint64_t b) {
+  asm volatile("wgmma.mma_async.sync.aligned.m64n256k32.s32.s8.s8 {"
+               "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+               "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+               "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+               "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+               "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+               "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
+               "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
+               "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
+               "{%128, %129, %130, %131}, %132, 1;"
+               : PVQ_D8(0), PVQ_D8(8), PVQ_D8(16), PVQ_D8(24), PVQ_D8(32), PVQ_D8(40), PVQ_D8(48), PVQ_D8(56),
+                 PVQ_D8(64), PVQ_D8(72), PVQ_D8(80), PVQ_D8(88), PVQ_D8(96), PVQ_D8(104), PVQ_D8(112), PVQ_D8(120)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+#undef PVQ_D8
+#undef PVQ_D
+
+// Matrices of 8 x 8 16-bit values, transposed on the way: lane 4 g + t holds row g, columns 2 t, 2 t + 1 of each; lanes
+// 8 m .. + 7 give the addresses of the columns of matrix m (16 bytes each).
+__device__ __forceinline__ void store_transposed(std::uint32_t address, std::uint32_t m0, std::uint32_t m1) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(m0), "r"(m1) : "memory");
+}
+__device__ __forceinline__ void store_transposed(std::uint32_t address, std::uint32_t m0, std::uint32_t m1, std::uint32_t m2,
+                                                 std::uint32_t m3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(m0), "r"(m1),
+               "r"(m2), "r"(m3)
+               : "memory");
+}
+
+#endif  // __CUDA_ARCH_FEAT_SM90_ALL
+
+}  // namespace pvq::cuda

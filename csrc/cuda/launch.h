@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+// Kernel launches with programmatic dependence, checked.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <atomic>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace pvq::cuda {
+
+inline void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+constexpr int kMaxDevices = 64;
+
+struct DeviceProperties {
+  int num_sms = 0, max_shared_bytes = 0, capability = 0;  // capability: 10 major + minor
+};
+
+// Of the current device; read once.
+const DeviceProperties& device_properties();
+int current_device();
+
+// Lets the next kernel of the stream start its prologue (sm_90 and later; nothing before).
+__device__ __forceinline__ void launch_dependents() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Until the kernels before this one have finished and their writes are visible: before the first read of what they wrote, and
+// before the first global write.
+__device__ __forceinline__ void wait_for_dependencies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// `kernel` must call wait_for_dependencies(). Raises the kernel's limit of shared memory the first time on each device.
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes, cudaStream_t stream,
+            Arguments&&... arguments) {
+  if (shared_bytes > 32 * 1024)  // with static variables it may pass the default limit of 48 KB
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shared_bytes)),
+          "shared memory of a kernel");
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  if (device_properties().capability >= 90) {
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), "kernel launch");
+}
+
+}  // namespace pvq::cuda

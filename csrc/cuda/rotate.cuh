@@ -1,0 +1,272 @@
+// SPDX-License-Identifier: Apache-2.0
+// A group of threads rotates and quantizes one token in shared memory (format.md §5, §6), in the order of additions that the format
+// fixes. With one token to do, every instruction runs once and is fetched from far away, so loops stay rolled and code is shared.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "../paley.h"
+#include "linear.h"
+
+namespace pvq::cuda {
+
+// The token as floats in shared memory. A gap after every 32 keeps power-of-two strides off one bank.
+__host__ __device__ constexpr int float_slot(int i) { return i + (i >> 5); }
+__host__ __device__ constexpr std::int64_t float_buffer_bytes(std::int64_t n) { return (n + n / 32 + 4) / 4 * 16; }
+
+struct GroupSums {             // shared memory of the reductions over a group
+  std::uint32_t largest[32];
+  std::int32_t sums[2];
+};
+
+struct Group {                 // of threads, whole warps
+  int thread, size, barrier;   // barrier: the number of a named barrier
+  __device__ __forceinline__ void sync() const { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(size) : "memory"); }
+};
+
+template <int kRadix>
+__device__ __forceinline__ void butterflies(float (&v)[kRadix]) {
+#pragma unroll
+  for (int h = 1; h < kRadix; h *= 2)
+#pragma unroll
+    for (int i = 0; i < kRadix; ++i)
+      if ((i & h) == 0) {
+        const float a = v[i], b = v[i + h];
+        v[i] = a + b;
+        v[i + h] = a - b;
+      }
+}
+
+template <DType kType>
+using Element = std::conditional_t<kType == DType::kFloat32, float, std::uint16_t>;
+
+template <DType kType>
+__device__ __forceinline__ float widen(Element<kType> bits) {
+  if constexpr (kType == DType::kFloat32) return bits;
+  else if constexpr (kType == DType::kBFloat16) return __uint_as_float(static_cast<std::uint32_t>(bits) << 16);
+  else return __half2float(__ushort_as_half(bits));
+}
+
+// Eight columns from an address aligned to 16 bytes.
+template <DType kType>
+__device__ __forceinline__ void widen_eight(const Element<kType>* from, float (&v)[8]) {
+  constexpr int kWords = sizeof(Element<kType>) * 8 / 16;
+  alignas(16) Element<kType> elements[8];
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) reinterpret_cast<uint4*>(elements)[i] = reinterpret_cast<const uint4*>(from)[i];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) v[i] = widen<kType>(elements[i]);
+}
+
+__device__ __forceinline__ float flip_sign(float value, std::uint32_t bit_in_front) {  // by the top bit of the word
+  return __uint_as_float(__float_as_uint(value) ^ (bit_in_front & 0x80000000u));
+}
+
+// s x to the buffer, and the butterflies of strides 1, 2, 4 if `with_butterflies`.
+template <DType kType>
+__device__ __forceinline__ void load_token(const Group& group, const Element<kType>* x, int n, const std::uint32_t* signs,
+                                           bool with_butterflies, float* y) {
+#pragma unroll 1
+  for (int j = group.thread; j < n / 8; j += group.size) {
+    const std::uint32_t bits = signs != nullptr ? __ldg(signs + j / 4) >> (8 * (j & 3)) : 0;
+    float v[8];
+    widen_eight<kType>(x + 8 * j, v);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = flip_sign(v[i], bits << (31 - i));
+    if (with_butterflies) butterflies(v);
+    float* to = y + float_slot(8 * j);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) to[i] = v[i];
+  }
+}
+
+// Butterflies of log2(kRadix) strides from `stride` on, a power of two; stride and kRadix are such that a column never straddles a
+// gap elsewhere than at multiples of 32 from its first element.
+template <int kRadix>
+__device__ __forceinline__ void butterfly_pass(const Group& group, float* y, int n, int stride) {
+#pragma unroll 1
+  for (int j = group.thread; j < n / kRadix; j += group.size) {
+    const int inner = j & (stride - 1), base = (j - inner) * kRadix + inner;
+    float* column = y + float_slot(base);
+    float v[kRadix];
+#pragma unroll
+    for (int i = 0; i < kRadix; ++i) v[i] = column[float_slot(i * stride)];
+    butterflies(v);
+#pragma unroll
+    for (int i = 0; i < kRadix; ++i) column[float_slot(i * stride)] = v[i];
+  }
+}
+
+template <int kOrder>
+__device__ constexpr PaleyMatrix<kOrder> kPaley{};
+
+// Rows [first_row, first_row + num_rows) of a dense factor as floats, [num_rows][kOrder].
+template <int kOrder>
+__device__ __forceinline__ void write_coefficients(const Group& group, int first_row, int num_rows, float* coefficients) {
+#pragma unroll 1
+  for (int i = group.thread; i < num_rows * kOrder; i += group.size)
+    coefficients[i] = kPaley<kOrder>.positive[first_row + i / kOrder][i % kOrder] ? 1.0f : -1.0f;
+}
+
+// One output of a dense factor. The products with +-1 are exact, so every term is rounded once, as in a sum.
+template <int kOrder>
+__device__ __forceinline__ float dense_row(const float* coefficients, const float (&in)[kOrder]) {
+  const float4* row = reinterpret_cast<const float4*>(coefficients);
+  float sum = 0;
+#pragma unroll
+  for (int c = 0; c < kOrder; c += 4) {
+    const float4 h = row[c / 4];
+    sum = c == 0 ? h.x * in[0] : __fmaf_rn(h.x, in[c], sum);
+    sum = __fmaf_rn(h.y, in[c + 1], sum);
+    sum = __fmaf_rn(h.z, in[c + 2], sum);
+    sum = __fmaf_rn(h.w, in[c + 3], sum);
+  }
+  return sum;
+}
+
+template <int kOrder>
+__device__ __forceinline__ void dense_pass(const Group& group, float* y, int n, int run, float* coefficients) {
+  write_coefficients<kOrder>(group, 0, kOrder, coefficients);
+  group.sync();
+#pragma unroll 1
+  for (int j = group.thread; j < n / kOrder; j += group.size) {
+    const int outer = j / run, base = outer * run * kOrder + (j - outer * run);
+    float in[kOrder];
+#pragma unroll
+    for (int c = 0; c < kOrder; ++c) in[c] = y[float_slot(base + c * run)];
+#pragma unroll 1
+    for (int r = 0; r < kOrder; ++r) y[float_slot(base + r * run)] = dense_row<kOrder>(coefficients + r * kOrder, in);
+  }
+}
+
+// Dense orders that have a kernel: 12, 20, 28 and, where kMaxDense says so, the larger ones. coefficients: [order][order].
+template <int kMaxDense>
+__device__ __forceinline__ void dense_factor(const Group& group, float* y, int n, int run, int order, float* coefficients) {
+  if (order == 12) dense_pass<12>(group, y, n, run, coefficients);
+  if (order == 20) dense_pass<20>(group, y, n, run, coefficients);
+  if (order == 28) dense_pass<28>(group, y, n, run, coefficients);
+  if constexpr (kMaxDense > 28) {
+    if (order == 36) dense_pass<36>(group, y, n, run, coefficients);
+    if (order == 44) dense_pass<44>(group, y, n, run, coefficients);
+    if (order == 52) dense_pass<52>(group, y, n, run, coefficients);
+    if (order == 60) dense_pass<60>(group, y, n, run, coefficients);
+    if (order == 68) dense_pass<68>(group, y, n, run, coefficients);
+    if (order == 76) dense_pass<76>(group, y, n, run, coefficients);
+  }
+}
+
+// The butterflies of a power of two `order`, from `stride` on.
+__device__ __forceinline__ void power_passes(const Group& group, float* y, int n, int stride, int order) {
+#pragma unroll 1
+  for (; stride * 8 <= order; stride *= 8) {
+    butterfly_pass<8>(group, y, n, stride);
+    group.sync();
+  }
+  if (stride * 4 == order) butterfly_pass<4>(group, y, n, stride);
+  if (stride * 2 == order) butterfly_pass<2>(group, y, n, stride);
+  if (stride < order) group.sync();
+}
+
+// Load and rotate the token at `x`; `y` is written and synchronized afterwards. kMaxDense: the largest dense order (28 or 76), which
+// sets the registers a thread needs; 0 where there is no rotation.
+template <DType kType, int kMaxDense>
+__device__ __forceinline__ void rotate_token(const Group& group, const void* x, const Tokens& tokens, float* y, float* coefficients) {
+  const int n = static_cast<int>(tokens.in_features);
+  const Rotation& rotation = tokens.rotation;
+  const int num_factors = kMaxDense == 0 ? 0 : rotation.num_factors, last = num_factors > 0 ? rotation.factors[num_factors - 1] : 1;
+  const bool power = (last & (last - 1)) == 0, at_load = num_factors == 1 && power && last >= 8;
+  load_token<kType>(group, static_cast<const Element<kType>*>(x), n, num_factors > 0 ? rotation.signs : nullptr, at_load, y);
+  group.sync();
+  if constexpr (kMaxDense > 0) {
+    int run = static_cast<int>(rotation.block_width);
+#pragma unroll 1
+    for (int f = 0; f < num_factors - (power ? 1 : 0); ++f) {
+      run /= rotation.factors[f];
+      dense_factor<kMaxDense>(group, y, n, run, rotation.factors[f], coefficients);
+      group.sync();
+    }
+    if (power) power_passes(group, y, n, at_load ? 8 : 1, last);
+  }
+}
+
+// Scale of a token from the largest bit pattern of its magnitudes.
+struct TokenScale {
+  bool zero;  // all activations are 0
+  float token_scale, inverse;
+  __device__ __forceinline__ TokenScale(std::uint32_t largest, int num_planes, float scale_constant) {
+    const float magnitude = __uint_as_float(largest);
+    const bool finite = largest < 0x7f800000u;
+    zero = !finite || magnitude < 0x1p-60f;
+    inverse = zero ? 0.0f : __fdiv_rn(num_planes == 1 ? 127.0f : 32512.0f, magnitude);
+    token_scale = !finite ? __int_as_float(0x7fc00000) : zero ? 0.0f : __fmul_rn(magnitude, scale_constant);
+  }
+};
+
+struct QuantizedQuad {  // four activations of the high (or only) and of the low plane
+  std::uint32_t high, low;
+};
+
+__device__ __forceinline__ QuantizedQuad quantize_quad(const float* from, const TokenScale& scale, int num_planes) {
+  std::int32_t a[4] = {};
+  if (!scale.zero) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = __float2int_rn(__fmul_rn(from[i], scale.inverse));
+  }
+  QuantizedQuad words{0, 0};
+  if (num_planes == 2) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const std::int32_t high = (a[i] + 128) >> 8;
+      words.low |= (static_cast<std::uint32_t>(a[i] - 256 * high) & 0xffu) << (8 * i);
+      a[i] = high;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) words.high |= (static_cast<std::uint32_t>(a[i]) & 0xffu) << (8 * i);
+  return words;
+}
+
+// Quantize `y`: store(plane, quad, word) once for each four columns, zeros from in_features to `padded`. Returns the token scale; the
+// sums are in `reduction` after the next barrier.
+template <typename Store>
+__device__ __forceinline__ float quantize_token(const Group& group, const float* y, const Tokens& tokens, int padded, GroupSums& reduction,
+                                                Store store) {
+  const int quads = static_cast<int>(tokens.in_features) / 4, num_planes = tokens.num_planes;
+  std::uint32_t largest = 0;
+#pragma unroll 1
+  for (int q = group.thread; q < quads; q += group.size) {
+    const float* from = y + float_slot(4 * q);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) largest = max(largest, __float_as_uint(from[i]) & 0x7fffffffu);
+  }
+  largest = __reduce_max_sync(0xffffffffu, largest);
+  const int lane = group.thread & 31;
+  if (lane == 0) reduction.largest[group.thread >> 5] = largest;
+  if (group.thread < 2) reduction.sums[group.thread] = 0;
+  group.sync();
+  largest = __reduce_max_sync(0xffffffffu, lane < group.size / 32 ? reduction.largest[lane] : 0u);
+  const TokenScale scale(largest, num_planes, tokens.scale_constant);
+  std::int32_t sum = 0, low_sum = 0;
+#pragma unroll 1
+  for (int q = group.thread; q < padded / 4; q += group.size) {
+    QuantizedQuad words{0, 0};
+    if (q < quads) words = quantize_quad(y + float_slot(4 * q), scale, num_planes);
+    store(0, q, words.high);
+    if (num_planes == 2) store(1, q, words.low);
+    sum = __dp4a(static_cast<int>(words.high), 0x01010101, sum);
+    low_sum = __dp4a(static_cast<int>(words.low), 0x01010101, low_sum);
+  }
+  sum = __reduce_add_sync(0xffffffffu, sum);
+  low_sum = __reduce_add_sync(0xffffffffu, low_sum);
+  if (lane == 0) {
+    atomicAdd(&reduction.sums[0], sum);
+    if (num_planes == 2) atomicAdd(&reduction.sums[1], low_sum);
+  }
+  return scale.token_scale;
+}
+
+}  // namespace pvq::cuda

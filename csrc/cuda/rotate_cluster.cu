@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0
+// Rotation and quantization of few tokens whose width has a dense factor f, where latency is all (sm_90 and later): four blocks of
+// a cluster share a token. Each computes f / 4 of the f outputs of every column of the dense factor, and from there on whole blocks
+// of the power of two are its own.
+#include <cooperative_groups.h>
+
+#include "launch.h"
+#include "linear.h"
+#include "rotate.cuh"
+
+namespace pvq::cuda {
+namespace {
+
+namespace cg = cooperative_groups;
+
+constexpr int kClusterSize = 4, kThreads = 512;
+
+struct Parameters {
+  Tokens tokens;
+  Activations out;
+};
+
+template <DType kType, int kOrder>
+__global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads, 2)
+    rotate_cluster_kernel(const __grid_constant__ Parameters p) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  constexpr int kRows = kOrder / kClusterSize;
+  extern __shared__ __align__(16) char memory[];
+  __shared__ GroupSums reduction;
+  __shared__ std::uint32_t cluster_largest[kClusterSize];
+  __shared__ std::int32_t cluster_sums[2];
+  __shared__ alignas(16) float coefficients[kRows * kOrder];
+  launch_dependents();
+  const cg::cluster_group cluster = cg::this_cluster();
+  const Group group{static_cast<int>(threadIdx.x), kThreads, 1};
+  const int rank = blockIdx.x % kClusterSize, n = static_cast<int>(p.tokens.in_features), run = n / kOrder, quads = n / kClusterSize / 4;
+  const std::int64_t token = blockIdx.x / kClusterSize;
+  const int num_planes = p.tokens.num_planes, lane = threadIdx.x & 31;
+  const Element<kType>* x = static_cast<const Element<kType>*>(p.tokens.x) + token * n;
+  float* y = reinterpret_cast<float*>(memory);  // this block's quarter of the rotated token
+  if (threadIdx.x < 2) cluster_sums[threadIdx.x] = 0;
+  write_coefficients<kOrder>(group, rank * kRows, kRows, coefficients);
+  group.sync();
+  wait_for_dependencies();
+  float* token_floats = y + float_slot(n / kClusterSize);
+  load_token<kType>(group, x, n, p.tokens.rotation.signs, false, token_floats);
+  group.sync();
+#pragma unroll 1
+  for (int j = threadIdx.x; j < run; j += kThreads) {
+    const float* column = token_floats + float_slot(j);  // run is a multiple of 32
+    const int stride = float_slot(run);
+    float in[kOrder];
+#pragma unroll
+    for (int c = 0; c < kOrder; ++c) in[c] = column[c * stride];
+    float* to = y + float_slot(j);
+#pragma unroll 1
+    for (int r = 0; r < kRows; ++r) to[r * stride] = dense_row<kOrder>(coefficients + r * kOrder, in);
+  }
+  group.sync();
+  power_passes(group, y, n / kClusterSize, 1, run);
+  std::uint32_t largest = 0;
+#pragma unroll 1
+  for (int q = threadIdx.x; q < quads; q += kThreads)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) largest = max(largest, __float_as_uint(y[float_slot(4 * q) + i]) & 0x7fffffffu);
+  largest = __reduce_max_sync(0xffffffffu, largest);
+  if (lane == 0) reduction.largest[threadIdx.x / 32] = largest;
+  group.sync();
+  if (threadIdx.x < 32) {
+    largest = __reduce_max_sync(0xffffffffu, lane < kThreads / 32 ? reduction.largest[lane] : 0u);
+    if (lane < kClusterSize) cluster.map_shared_rank(cluster_largest, lane)[rank] = largest;
+  }
+  cluster.sync();
+  largest = max(max(cluster_largest[0], cluster_largest[1]), max(cluster_largest[2], cluster_largest[3]));
+  const TokenScale scale(largest, num_planes, p.tokens.scale_constant);
+  std::int32_t sum = 0, low_sum = 0;
+#pragma unroll 1
+  for (int q = threadIdx.x; q < quads; q += kThreads) {
+    const QuantizedQuad words = quantize_quad(y + float_slot(4 * q), scale, num_planes);
+    std::int8_t* to = p.out.data + activation_offset(4 * (rank * quads + q), token * num_planes, p.out.padded_columns);
+    *reinterpret_cast<std::uint32_t*>(to) = words.high;
+    if (num_planes == 2)
+      *reinterpret_cast<std::uint32_t*>(p.out.data + activation_offset(4 * (rank * quads + q), 2 * token + 1, p.out.padded_columns)) =
+          words.low;
+    sum = __dp4a(static_cast<int>(words.high), 0x01010101, sum);
+    low_sum = __dp4a(static_cast<int>(words.low), 0x01010101, low_sum);
+  }
+  sum = __reduce_add_sync(0xffffffffu, sum);
+  low_sum = __reduce_add_sync(0xffffffffu, low_sum);
+  if (lane == 0) {
+    std::int32_t* sums = cluster.map_shared_rank(cluster_sums, 0);
+    atomicAdd(sums, sum);
+    atomicAdd(sums + 1, low_sum);
+  }
+  cluster.sync();
+  if (rank != 0) return;
+  if (threadIdx.x < num_planes) p.out.sums[token * num_planes + threadIdx.x] = cluster_sums[threadIdx.x];
+  if (threadIdx.x == 0) p.out.token_scale[token] = scale.token_scale;
+#endif
+}
+
+template <DType kType, int kOrder>
+bool run(const Parameters& p, cudaStream_t stream) {
+  launch(rotate_cluster_kernel<kType, kOrder>, dim3(static_cast<unsigned>(kClusterSize * p.tokens.num_tokens)), dim3(kThreads),
+         static_cast<std::size_t>(float_buffer_bytes(p.tokens.in_features / kClusterSize + p.tokens.in_features)), stream, p);
+  return true;
+}
+
+template <DType kType>
+bool run_order(const Parameters& p, cudaStream_t stream) {
+  switch (p.tokens.rotation.factors[0]) {
+    case 12: return run<kType, 12>(p, stream);
+    case 20: return run<kType, 20>(p, stream);
+    case 28: return run<kType, 28>(p, stream);
+    default: return false;
+  }
+}
+
+}  // namespace
+
+bool rotate_in_clusters(const Tokens& tokens, const Activations& out, cudaStream_t stream) {
+  const Rotation& rotation = tokens.rotation;
+  if (device_properties().capability < 90 || rotation.num_factors != 2 || rotation.block_width != tokens.in_features) return false;
+  const int last = rotation.factors[1];
+  if ((last & (last - 1)) != 0 || last < 32 || tokens.in_features % kChunkColumns != 0 || tokens.in_features < 4096 ||
+      float_buffer_bytes(tokens.in_features / kClusterSize + tokens.in_features) + 8192 > device_properties().max_shared_bytes)
+    return false;
+  const Parameters p{tokens, out};
+  if (tokens.dtype == DType::kBFloat16) return run_order<DType::kBFloat16>(p, stream);
+  if (tokens.dtype == DType::kFloat16) return run_order<DType::kFloat16>(p, stream);
+  return run_order<DType::kFloat32>(p, stream);
+}
+
+}  // namespace pvq::cuda

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What needs no GPU: the plan of the kernels for GPUs, and what is said where they cannot run."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pvq_vllm import _C, cuda_ops, ops
+from pvq_vllm.arguments import PlanArguments
+from pvq_vllm.codec.errors import PVQError
+from pvq_vllm.codec.rotation import Rotation, rotation_layout
+
+PVQ4, INT8 = 2, 3
+built_with_cuda = pytest.mark.skipif(not _C.with_cuda, reason="this build has no CUDA kernels")
+
+
+def test_a_plan_string_means_what_was_written():
+    arguments = PlanArguments(96, [(2, 5), (3, 7)], 2, 11, 192, 2, [12, 4])
+    assert PlanArguments.parse(str(arguments)) == arguments
+    assert PlanArguments.parse(ops.make_plan([("pvq4", 5)], 8)) == PlanArguments(8, [(2, 5)], 1, 0, 0, 0, [])
+
+
+@built_with_cuda
+def test_neighbours_with_one_codebook_become_one_segment():
+    plan = ops.make_plan([("pvq4", 100), ("pvq4", 28), ("int8", 17), ("pvq4", 1)], 200)
+    layer = cuda_ops.make_plan(plan)
+    # 64 rows and 128 columns are the units; a tile of 16 rows by 128 columns has 1024 bytes, of int8 2048.
+    assert layer.segments == [
+        (PVQ4, 128, 0, 0),
+        (INT8, 17, 8 * 2 * 1024, 128),
+        (PVQ4, 1, 8 * 2 * 1024 + 4 * 2 * 2048, 192),
+    ]
+    assert layer.packed_rows == 256 and layer.out_features == 146
+    assert layer.weight_bytes == 8 * 2 * 1024 + 4 * 2 * 2048 + 4 * 2 * 1024
+
+
+@built_with_cuda
+@pytest.mark.parametrize("tokens", [1, 3, 8, 1000])
+@pytest.mark.parametrize("mode", ["a8", "a16"])
+def test_parts_of_the_workspace_do_not_overlap(tokens, mode):
+    layer = cuda_ops.make_plan(ops.make_plan([("pvq4", 100)], 200, activation=mode))
+    at = layer.workspace_offsets(tokens)
+    columns = tokens * (2 if mode == "a16" else 1)
+    assert at["padded_columns"] % 8 == 0 and columns <= at["padded_columns"] < columns + 8
+    assert at["activations"] == 0 and at["sums"] >= 2 * 128 * at["padded_columns"]
+    assert at["token_scale"] >= at["sums"] + 4 * columns
+    assert at["bytes"] == layer.workspace_bytes(tokens) > at["token_scale"] + 4 * tokens
+    assert all(value % 256 == 0 for name, value in at.items() if name != "padded_columns")
+
+
+@built_with_cuda
+def test_sign_bits_are_the_signs_of_the_rotation():
+    blocks, factors = rotation_layout(72)
+    plan = ops.make_plan([("pvq4", 1)], 72, seed=3, first_column=40, rotation_blocks=blocks, factors=factors)
+    words = cuda_ops.make_plan(plan).sign_bits
+    bits = [words[i // 32] >> (i % 32) & 1 for i in range(72)]
+    signs = Rotation(3, 72, blocks, factors, first_column=40).signs
+    assert [-1.0 if bit else 1.0 for bit in bits] == list(signs)
+
+
+@built_with_cuda
+@pytest.mark.parametrize("order", [24, 84, 148])
+def test_a_rotation_without_a_kernel_is_refused_and_not_left_out(order):
+    plan = ops.make_plan([("pvq4", 1)], order * 2, rotation_blocks=1, factors=[order, 2])
+    with pytest.raises(PVQError, match=f"order {order} has no kernel for GPUs"):
+        cuda_ops.make_plan(plan)
+
+
+def report(**changes) -> SimpleNamespace:
+    usual = dict(
+        name="NVIDIA A100", capability=80, max_in_features=40000, driver_version=13000, runtime_version=13000
+    )
+    return SimpleNamespace(**usual | {"fault": ""} | changes)
+
+
+@built_with_cuda
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (
+            dict(fault="driver", driver_version=12040, name=""),
+            "supports CUDA 12.4, but .* CUDA 13.0: update the driver",
+        ),
+        (dict(fault="driver", driver_version=0), "no NVIDIA driver"),
+        (dict(capability=75, fault="image"), "compute capability 7.5.* too old: .* 8.0"),
+        (dict(fault="image"), "no kernels in this build.*CMAKE_CUDA_ARCHITECTURES=80$"),
+        (dict(fault="image", capability=90), "CMAKE_CUDA_ARCHITECTURES=90a$"),
+        (dict(max_in_features=24000), "at most 24000 input columns .* has 28672: .*--tensor-parallel 2"),
+        (dict(fault="out of memory", name=""), "GPU 1 cannot be used: out of memory"),
+    ],
+)
+def test_the_sentence_says_what_to_do(changes, words):
+    import re
+
+    assert re.search(words, cuda_ops.explain(report(**changes), 1, 28672))
+
+
+def test_nothing_is_wrong_with_a_fitting_gpu():
+    assert cuda_ops.explain(report(), 0, 14336) is None
+
+
+def test_without_gpu_or_kernels_the_reason_is_named():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    wanted = "NVIDIA driver|cannot be used" if _C.with_cuda else "has no CUDA kernels: install it again"
+    with pytest.raises(PVQError, match=wanted):
+        ops.check_device(torch.device("cuda", 0), 64)
+    ops.check_device(torch.device("cpu"), 10**6)
+
+
+def test_the_operator_is_there_for_gpus_in_every_build():
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("pvq::linear", "CUDA")

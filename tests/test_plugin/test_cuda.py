@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small random checkpoint on a GPU: in transformers what the CPU computes, in vLLM what transformers generates."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from pvq_vllm import _C
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not _C.with_cuda, reason="this build has no CUDA kernels"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU"),
+]
+
+PROMPTS = [[(7 * i + 11 * j) % 510 + 2 for i in range(20)] for j in range(3)]
+MAX_TOKENS = 12
+MARGIN = 0.4  # of the standard deviation of the logits, in bfloat16; the unquantized model is off by far more
+
+GENERATE = """
+import json, sys
+import pvq_vllm
+pvq_vllm.register()
+from vllm import LLM, SamplingParams
+request = json.loads(sys.stdin.read())
+answers = []
+for arguments in request["runs"]:
+    llm = LLM(dtype="bfloat16", max_model_len=128, max_num_seqs=4, gpu_memory_utilization=0.2, **arguments)
+    sampling = SamplingParams(temperature=0, max_tokens=request["max_tokens"], ignore_eos=True)
+    prompts = [{"prompt_token_ids": prompt} for prompt in request["prompts"]]
+    answers.append([list(o.outputs[0].token_ids) for o in llm.generate(prompts, sampling, use_tqdm=False)])
+    del llm
+open(sys.argv[1], "w").write(json.dumps(answers))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model_folder, checkpoint_writer, tmp_path_factory) -> Path:
+    from pvq_vllm.codec.format import Codebook
+
+    codebooks = {
+        r".*\.(q|gate)_proj": "pvq4",
+        r".*\.(k|up)_proj": "pvq3",
+        r".*\.v_proj": "int8",
+        r".*\.o_proj": "pvq2",
+        r".*\.1\..*\.down_proj": Codebook("canonical", group_size=16, num_pulses=24, amplitude_bits=4),
+        r".*\.down_proj": "pvq4",
+        r"lm_head": "int8",
+        r".*embed_tokens": "int8",
+    }
+    return checkpoint_writer(tiny_model_folder("llama"), tmp_path_factory.mktemp("cuda") / "llama", codebooks)
+
+
+def load(folder: Path, device: str, dtype: torch.dtype):
+    from transformers import AutoModelForCausalLM
+
+    import pvq_vllm.hf_quantizer  # noqa: F401  registers "pvq" with transformers
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device)
+
+
+@torch.inference_mode()
+def test_transformers_on_both_devices(folder):
+    ids = torch.tensor(PROMPTS)
+    on_cpu = load(folder, "cpu", torch.float32)(ids).logits
+    on_gpu = load(folder, "cuda", torch.float32)(ids.cuda()).logits.cpu()
+    assert float((on_gpu - on_cpu).norm() / on_cpu.norm()) < 0.02  # attention adds in another order
+
+
+def test_a_model_packed_on_the_cpu_is_not_moved_silently(folder):
+    from pvq_vllm.codec.errors import PVQError
+
+    model = load(folder, "cpu", torch.float32).to("cuda")
+    with pytest.raises(PVQError, match="packed for the CPU"):
+        model(torch.tensor(PROMPTS).cuda())
+
+
+@torch.inference_mode()
+def worst_choice(model, token_ids: list[list[int]]) -> float:
+    """Return by how much, in standard deviations of the logits, a chosen token misses the best, at worst."""
+    sequences = torch.tensor(
+        [prompt + chosen for prompt, chosen in zip(PROMPTS, token_ids, strict=True)]
+    ).cuda()
+    logits = model(sequences).logits[:, -MAX_TOKENS - 1 : -1].float()
+    chosen = logits.gather(2, torch.tensor(token_ids).cuda()[:, :, None])[:, :, 0]
+    return float(((logits.amax(2) - chosen) / logits.std(2)).max())
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_vllm_eager_with_graphs_and_with_dummy_weights(folder, tiny_model_folder, tmp_path):
+    if find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
+    model = {"model": str(folder)}
+    runs = [model | {"enforce_eager": True}, model, model | {"enforce_eager": True, "load_format": "dummy"}]
+    request = {"prompts": PROMPTS, "max_tokens": MAX_TOKENS, "runs": runs}
+    settings = {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CACHE_ROOT": str(tmp_path / "cache"),
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the plugin is registered in this process
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    answer = tmp_path / "answer.json"
+    result = subprocess.run(
+        [sys.executable, "-c", GENERATE, str(answer)],
+        input=json.dumps(request),
+        env=os.environ | settings,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=500,
+    )
+    assert answer.exists(), f"vLLM failed:\n{result.stdout[-6000:]}"
+    eager, with_graphs, dummy = json.loads(answer.read_text())
+    quantized = load(folder, "cuda", torch.bfloat16)
+    control = load(tiny_model_folder("llama"), "cuda", torch.bfloat16)
+    for token_ids in (eager, with_graphs):
+        assert worst_choice(quantized, token_ids) <= MARGIN < worst_choice(control, token_ids)
+    assert all(len(chosen) == MAX_TOKENS for chosen in dummy)
