@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Paley's Hadamard matrices (docs/format.md §5), entry by entry at compile time or at run time: the one definition for C++ and CUDA.
+// Paley's Hadamard matrices (docs/format.md §5), entry by entry at compile time or at run time: the one definition for C++ and
+// CUDA.
 #pragma once
 
 namespace pvq {

@@ -9,12 +9,13 @@
 
 namespace pvq::cuda {
 
-struct GainPair {       // of one gain: magnitudes are base4 + step * digits, four bytes at once
+struct GainPair {  // of one gain: magnitudes are base4 + step * digits, four bytes at once
   std::uint32_t step, base4;
 };
 
-// What decoding reads from shared memory, as 32-bit shared addresses. The digits (for pvq2: magnitudes) are aligned to the power of
-// two that holds them, kTableAlignment, and the gains to 64 bytes: an index is then put into an address by the same LOP3 that masks it.
+// What decoding reads from shared memory, as 32-bit shared addresses. The digits (for pvq2: magnitudes) are aligned to the power
+// of two that holds them, kTableAlignment, and the gains to 64 bytes: an index is then put into an address by the same LOP3 that
+// masks it.
 struct Tables {
   std::uint32_t digits, gains;
 };
@@ -78,7 +79,9 @@ constexpr std::uint32_t kLowNibbles = 0x0f0f0f0fu, kLowBits = 0x01010101u;
 // Read once and never again: past the first-level cache.
 __device__ __forceinline__ uint4 load_stream(const uint4* address) {
   uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(address));
   return v;
 }
 __device__ __forceinline__ uint2 load_stream(const uint2* address) {
@@ -87,18 +90,21 @@ __device__ __forceinline__ uint2 load_stream(const uint2* address) {
   return v;
 }
 
-__device__ __forceinline__ std::uint32_t word_of(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+__device__ __forceinline__ std::uint32_t word_of(const uint4& v, int i) {
+  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
 __device__ __forceinline__ std::uint32_t word_of(const uint2& v, int i) { return i == 0 ? v.x : v.y; }
 
-// One chunk of one lane. load(): from global memory; copy(): the same bytes to shared memory, asynchronously; read(): from there. decode(): step s (a compile-time
-// constant after unrolling) to a[0] = row g low, a[1] = row g + 8 low, a[2] = row g high, a[3] = row g + 8 high.
+// One chunk of one lane. load(): from global memory; copy(): the same bytes to shared memory, asynchronously; read(): from there.
+// decode(): step s (a compile-time constant after unrolling) to a[0] = row g low, a[1] = row g + 8 low, a[2] = row g high, a[3] =
+// row g + 8 high.
 template <CodebookId kId>
 struct LaneChunk;
 
 // The magnitudes of both groups of a step, pvq3 and pvq4. `refinement`: bits already at bit 3 - leaf of each byte, or 0.
 template <bool kRefined>
-__device__ __forceinline__ void decode_joined(std::uint32_t code, std::uint32_t bits, std::uint32_t sign_source, const Tables& tables,
-                                              std::uint32_t (&a)[4]) {
+__device__ __forceinline__ void decode_joined(std::uint32_t code, std::uint32_t bits, std::uint32_t sign_source,
+                                              const Tables& tables, std::uint32_t (&a)[4]) {
   const std::uint32_t digits0 = shared_word((code & 0x7ffcu) | tables.digits);
   const std::uint32_t digits1 = shared_word(((code >> 16) & 0x7ffcu) | tables.digits);
   const uint2 gain0 = shared_pair(((code >> 12) & 0x38u) | tables.gains);  // GainPair

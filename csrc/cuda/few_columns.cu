@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The product for at most 32 columns (planes of tokens), bound by the bytes of the weight and by decoding them.
+// The product for at most 16 columns (planes of tokens), bound by the bytes of the weight and by decoding them.
 //
 // One block a multiprocessor holds all the columns in shared memory and owns consecutive tiles of 16 rows. Its warps take the
 // chunks of these tiles in turn, each on its own: no barrier between the first chunk and the last, since integer sums may be
@@ -17,16 +17,15 @@
 namespace pvq::cuda {
 namespace {
 
-// 768 threads of 64 registers leave room on the multiprocessor for a block of the kernel that quantizes the activations; many
-// columns need more registers.
-constexpr int threads_of(int columns) { return columns > 16 ? 512 : 768; }
-constexpr int kPrefetch = 2;     // chunks of a warp on their way
+// 768 threads of 64 registers leave room on the multiprocessor for a block of the kernel that quantizes the activations.
+constexpr int kThreads = 768, kWarps = kThreads / 32;
+constexpr int kPrefetch = 2;  // chunks of a warp on their way
 constexpr int kMaxSplits = 8;
 constexpr int kMaxSharedBase = 2048;  // where dynamic shared memory starts: behind static variables and what the system keeps
 
 struct Parameters {
-  Tokens tokens;   // fused: what to quantize
-  Activations a;   // else: quantized columns
+  Tokens tokens;  // fused: what to quantize
+  Activations a;  // else: quantized columns
   Weight weight;
   Output output;
   Scratch scratch;
@@ -35,7 +34,6 @@ struct Parameters {
 };
 
 // A warp's place in the tiles and chunks of its block.
-template <int kWarps>
 struct Cursor {
   int tile, chunk;
   __device__ __forceinline__ explicit Cursor(int warp, int num_chunks) : tile(0), chunk(warp) { settle(num_chunks); }
@@ -51,9 +49,9 @@ struct Cursor {
   }
 };
 
-// Columns in shared memory: [chunk][step][kColumns][32 bytes in the order of the weight's columns], so that both halves of a lane's
-// fragment B are one read and eight columns meet no bank conflict.
-template <int kColumns, int kThreads>
+// Columns in shared memory: [chunk][step][kColumns][32 bytes in the order of the weight's columns], so that both halves of a
+// lane's fragment B are one read and eight columns meet no bank conflict.
+template <int kColumns>
 __device__ __forceinline__ void copy_columns(const Activations& a, int first_chunk, int num_chunks, char* activations) {
   const int columns = a.num_columns();
 #pragma unroll 1
@@ -62,7 +60,8 @@ __device__ __forceinline__ void copy_columns(const Activations& a, int first_chu
     if (column >= columns) continue;
     const uint4 words = __ldcg(reinterpret_cast<const uint4*>(
         a.data + ((first_chunk + chunk) * a.padded_columns + column) * kChunkColumns + 16 * (unit ^ (column & 7))));
-    std::uint32_t* to = reinterpret_cast<std::uint32_t*>(activations + ((chunk * kSteps + unit / 2) * kColumns + column) * 32) + (unit & 1);
+    std::uint32_t* to =
+        reinterpret_cast<std::uint32_t*>(activations + ((chunk * kSteps + unit / 2) * kColumns + column) * 32) + (unit & 1);
     to[0] = words.x;
     to[2] = words.y;
     to[4] = words.z;
@@ -75,9 +74,10 @@ struct TokenFacts {  // of all columns and tokens, in shared memory
   float scales[kMaxFewColumns];
 };
 
-template <typename T, int kThreads>
-__device__ __forceinline__ void store_outputs(const Parameters& p, const std::int32_t* sums, int columns_stride, int first_row, int num_rows,
-                                              int num_tokens, int num_planes, const TokenFacts& facts, const float* row_scale) {
+template <typename T>
+__device__ __forceinline__ void store_outputs(const Parameters& p, const std::int32_t* sums, int columns_stride, int first_row,
+                                              int num_rows, int num_tokens, int num_planes, const TokenFacts& facts,
+                                              const float* row_scale) {
   const int half_offset = p.weight.codebook == CodebookId::kInt8 ? 0 : 1;
 #pragma unroll 1
   for (int token = 0; token < num_tokens; ++token) {
@@ -95,7 +95,6 @@ __device__ __forceinline__ void store_outputs(const Parameters& p, const std::in
 }
 
 // Blocks that share rows leave their sums in `partial`; the last of them adds all up. True in the last one.
-template <int kThreads>
 __device__ __forceinline__ bool join_splits(const Parameters& p, std::int32_t* sums, int first, int count, int columns) {
   __shared__ bool last;
   const int splits = gridDim.y;
@@ -120,7 +119,7 @@ __device__ __forceinline__ bool join_splits(const Parameters& p, std::int32_t* s
   return true;
 }
 
-template <DType kType, int kColumns, int kThreads>
+template <DType kType, int kColumns>
 __device__ __noinline__ float quantize_typed(const Parameters& p, float* y, int first_chunk, int num_chunks, GroupSums& reduction,
                                              char* activations) {
   const Group group{static_cast<int>(threadIdx.x), kThreads, 1};
@@ -130,22 +129,26 @@ __device__ __noinline__ float quantize_typed(const Parameters& p, float* y, int 
                         [&](int plane, int quad, std::uint32_t word) {
                           const int local = quad - first_quad;
                           if (local >= 0 && local < num_quads)
-                            reinterpret_cast<std::uint32_t*>(activations)[((local >> 3) * kColumns + plane) * 8 + (local & 7)] = word;
+                            reinterpret_cast<std::uint32_t*>(activations)[((local >> 3) * kColumns + plane) * 8 + (local & 7)] =
+                                word;
                         });
 }
 
-template <int kColumns, int kThreads>
-__device__ __forceinline__ float quantize_here(const Parameters& p, float* y, int first_chunk, int num_chunks, GroupSums& reduction,
-                                               char* activations) {
-  if (p.tokens.dtype == DType::kBFloat16) return quantize_typed<DType::kBFloat16, kColumns, kThreads>(p, y, first_chunk, num_chunks, reduction, activations);
-  if (p.tokens.dtype == DType::kFloat16) return quantize_typed<DType::kFloat16, kColumns, kThreads>(p, y, first_chunk, num_chunks, reduction, activations);
-  return quantize_typed<DType::kFloat32, kColumns, kThreads>(p, y, first_chunk, num_chunks, reduction, activations);
+template <int kColumns>
+__device__ __forceinline__ float quantize_here(const Parameters& p, float* y, int first_chunk, int num_chunks,
+                                               GroupSums& reduction, char* activations) {
+  if (p.tokens.dtype == DType::kBFloat16)
+    return quantize_typed<DType::kBFloat16, kColumns>(p, y, first_chunk, num_chunks, reduction, activations);
+  if (p.tokens.dtype == DType::kFloat16)
+    return quantize_typed<DType::kFloat16, kColumns>(p, y, first_chunk, num_chunks, reduction, activations);
+  return quantize_typed<DType::kFloat32, kColumns>(p, y, first_chunk, num_chunks, reduction, activations);
 }
 
 // kFused: quantize one token that needs no rotation here instead of reading quantized columns.
 template <CodebookId kId, int kColumns, bool kFused>
-__global__ void __launch_bounds__(kColumns > 16 ? 512 : 1024, 1) few_columns_kernel(const __grid_constant__ Parameters p) {
-  constexpr int kThreads = threads_of(kColumns), kWarps = kThreads / 32, kColumnTiles = (kColumns + 7) / 8;
+__global__ void __launch_bounds__(1024, 1)  // of 1024 threads: at most 64 registers
+    few_columns_kernel(const __grid_constant__ Parameters p) {
+  constexpr int kColumnTiles = (kColumns + 7) / 8;
   extern __shared__ __align__(64) char shared[];
   __shared__ TokenFacts facts;
   __shared__ GroupSums reduction;
@@ -154,11 +157,13 @@ __global__ void __launch_bounds__(kColumns > 16 ? 512 : 1024, 1) few_columns_ker
   const int first_chunk = blockIdx.y * p.chunks_per_split, num_chunks = min(p.chunks_per_split, all_chunks - first_chunk);
   const int first_tile = blockIdx.x * p.tiles_per_block, num_tiles = min(p.tiles_per_block, p.num_tiles - first_tile);
 
-  Cursor<kWarps> ahead(warp, num_chunks);
-  const std::uint8_t* weights = p.weight.data + (static_cast<std::int64_t>(first_tile) * all_chunks + first_chunk) * chunk_bytes(kId);
+  Cursor ahead(warp, num_chunks);
+  const std::uint8_t* weights =
+      p.weight.data + (static_cast<std::int64_t>(first_tile) * all_chunks + first_chunk) * chunk_bytes(kId);
   LaneChunk<kId> buffer[kPrefetch];
   const auto load_ahead = [&](LaneChunk<kId>& chunk) {
-    if (ahead.tile < num_tiles) chunk.load(weights + (static_cast<std::int64_t>(ahead.tile) * all_chunks + ahead.chunk) * chunk_bytes(kId), lane);
+    if (ahead.tile < num_tiles)
+      chunk.load(weights + (static_cast<std::int64_t>(ahead.tile) * all_chunks + ahead.chunk) * chunk_bytes(kId), lane);
     ahead.advance(num_chunks);
   };
 #pragma unroll
@@ -175,7 +180,8 @@ __global__ void __launch_bounds__(kColumns > 16 ? 512 : 1024, 1) few_columns_ker
 #pragma unroll 1
   for (int i = threadIdx.x; i < table_words(kId) / 4; i += kThreads) copy_async_16(table + 16 * i, p.weight.table + 4 * i);
 #pragma unroll 1
-  for (int i = threadIdx.x; i < num_rows / 4; i += kThreads) copy_async_16(row_scale + 4 * i, p.weight.row_scale + first_tile * kTileRows + 4 * i);
+  for (int i = threadIdx.x; i < num_rows / 4; i += kThreads)
+    copy_async_16(row_scale + 4 * i, p.weight.row_scale + first_tile * kTileRows + 4 * i);
   copy_async_commit();
   write_gains<kId>(shared, threadIdx.x);
 #pragma unroll 1
@@ -186,10 +192,12 @@ __global__ void __launch_bounds__(kColumns > 16 ? 512 : 1024, 1) few_columns_ker
   __syncthreads();
   const Tables tables{table_address, base};
   const int g = lane >> 2, t = lane & 3;
-  const char* lane_columns = activations + min(g, kColumns - 1) * 32 + 8 * t;  // columns past the last repeat it: their sums go nowhere
-  const int num_tokens = kFused ? 1 : static_cast<int>(p.a.num_tokens), num_planes = kFused ? p.tokens.num_planes : p.a.num_planes;
+  const char* lane_columns =
+      activations + min(g, kColumns - 1) * 32 + 8 * t;  // columns past the last repeat it: their sums go nowhere
+  const int num_tokens = kFused ? 1 : static_cast<int>(p.a.num_tokens),
+            num_planes = kFused ? p.tokens.num_planes : p.a.num_planes;
   std::int32_t tile_sums[kColumnTiles][4] = {};
-  Cursor<kWarps> now(warp, num_chunks);
+  Cursor now(warp, num_chunks);
   std::uint32_t first_fragments[kSteps][4];
   constexpr bool kDecodeFirst = !kFused && kId != CodebookId::kInt8;
   if constexpr (kDecodeFirst) {
@@ -202,12 +210,12 @@ __global__ void __launch_bounds__(kColumns > 16 ? 512 : 1024, 1) few_columns_ker
   wait_for_dependencies();
   if constexpr (kFused) {
     float* y = reinterpret_cast<float*>(table + p.floats_offset);
-    const float token_scale = quantize_here<kColumns, kThreads>(p, y, first_chunk, num_chunks, reduction, activations);
+    const float token_scale = quantize_here<kColumns>(p, y, first_chunk, num_chunks, reduction, activations);
     if (threadIdx.x == 0) facts.scales[0] = token_scale;
   } else {
     if (threadIdx.x < p.a.num_columns()) facts.sums[threadIdx.x] = __ldcg(p.a.sums + threadIdx.x);
     if (threadIdx.x < num_tokens) facts.scales[threadIdx.x] = __ldcg(p.a.token_scale + threadIdx.x);
-    copy_columns<kColumns, kThreads>(p.a, first_chunk, num_chunks, activations);
+    copy_columns<kColumns>(p.a, first_chunk, num_chunks, activations);
   }
   __syncthreads();
 
@@ -266,14 +274,14 @@ __global__ void __launch_bounds__(kColumns > 16 ? 512 : 1024, 1) few_columns_ker
     __syncthreads();
   }
   const int first_row = first_tile * kTileRows;
-  if (gridDim.y > 1 && !join_splits<kThreads>(p, sums, first_row * kColumns, num_sums, kColumns)) return;
+  if (gridDim.y > 1 && !join_splits(p, sums, first_row * kColumns, num_sums, kColumns)) return;
   const int rows_here = min(num_rows, static_cast<int>(p.weight.rows) - first_row);
   if (p.output.dtype == DType::kBFloat16)
-    store_outputs<__nv_bfloat16, kThreads>(p, sums, kColumns, first_row, rows_here, num_tokens, num_planes, facts, row_scale);
+    store_outputs<__nv_bfloat16>(p, sums, kColumns, first_row, rows_here, num_tokens, num_planes, facts, row_scale);
   else if (p.output.dtype == DType::kFloat16)
-    store_outputs<__half, kThreads>(p, sums, kColumns, first_row, rows_here, num_tokens, num_planes, facts, row_scale);
+    store_outputs<__half>(p, sums, kColumns, first_row, rows_here, num_tokens, num_planes, facts, row_scale);
   else
-    store_outputs<float, kThreads>(p, sums, kColumns, first_row, rows_here, num_tokens, num_planes, facts, row_scale);
+    store_outputs<float>(p, sums, kColumns, first_row, rows_here, num_tokens, num_planes, facts, row_scale);
 }
 
 // Blocks, splits and shared memory; false if nothing fits.
@@ -282,7 +290,8 @@ bool run(Parameters& p, cudaStream_t stream) {
   const DeviceProperties& device = device_properties();
   const std::int64_t tiles = (p.weight.rows + kTileRows - 1) / kTileRows, chunks = p.weight.num_chunks;
   const std::int64_t float_bytes = kFused ? float_buffer_bytes(p.tokens.in_features) : 0;
-  const std::int64_t first_splits = std::clamp<std::int64_t>(device.num_sms / tiles, 1, std::min<std::int64_t>(kMaxSplits, chunks));
+  const std::int64_t first_splits =
+      std::clamp<std::int64_t>(device.num_sms / tiles, 1, std::min<std::int64_t>(kMaxSplits, chunks));
   for (std::int64_t splits = first_splits; splits <= std::min<std::int64_t>(kMaxSplits, chunks); ++splits) {
     const std::int64_t chunks_here = (chunks + splits - 1) / splits;
     if ((chunks + chunks_here - 1) / chunks_here != splits) continue;
@@ -294,14 +303,17 @@ bool run(Parameters& p, cudaStream_t stream) {
       const bool fits = total + kMaxSharedBase <= device.max_shared_bytes;
       if (!fits && sum_bytes > 24 * 1024 && tiles_here > 1) continue;
       if (!fits) break;
-      if (splits > 1 && (splits * tiles * kTileRows * kColumns > p.scratch.partial_elements || blocks > kNumCounters)) return false;
+      if (splits > 1 && (splits * tiles * kTileRows * kColumns > p.scratch.partial_elements || blocks > kNumCounters))
+        return false;
       p.num_tiles = static_cast<int>(tiles);
       p.tiles_per_block = static_cast<int>(tiles_here);
       p.chunks_per_split = static_cast<int>(chunks_here);
       p.activations_offset = table_bytes(kId);
       p.floats_offset = static_cast<int>(floats);
-      launch(few_columns_kernel<kId, kColumns, kFused>, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(splits)),
-             dim3(threads_of(kColumns)), static_cast<std::size_t>(total), stream, p);
+      const bool overlap = kFused || starts_early(p.a, blocks * splits);
+      launch_overlapping(overlap, few_columns_kernel<kId, kColumns, kFused>,
+                         dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(splits)), dim3(kThreads),
+                         static_cast<std::size_t>(total), stream, p);
       return true;
     }
   }
@@ -316,7 +328,6 @@ bool run_columns(Parameters& p, std::int64_t columns, cudaStream_t stream) {
     if (columns <= 4) return run<kId, 4, kFused>(p, stream);
     if (columns <= 8) return run<kId, 8, kFused>(p, stream);
     if (columns <= 16) return run<kId, 16, kFused>(p, stream);
-    if (columns <= 32) return run<kId, 32, kFused>(p, stream);
   }
   return false;
 }
@@ -324,10 +335,14 @@ bool run_columns(Parameters& p, std::int64_t columns, cudaStream_t stream) {
 template <bool kFused>
 bool run_codebook(Parameters& p, std::int64_t columns, cudaStream_t stream) {
   switch (p.weight.codebook) {
-    case CodebookId::kPvq2: return run_columns<CodebookId::kPvq2, kFused>(p, columns, stream);
-    case CodebookId::kPvq3: return run_columns<CodebookId::kPvq3, kFused>(p, columns, stream);
-    case CodebookId::kPvq4: return run_columns<CodebookId::kPvq4, kFused>(p, columns, stream);
-    case CodebookId::kInt8: return run_columns<CodebookId::kInt8, kFused>(p, columns, stream);
+    case CodebookId::kPvq2:
+      return run_columns<CodebookId::kPvq2, kFused>(p, columns, stream);
+    case CodebookId::kPvq3:
+      return run_columns<CodebookId::kPvq3, kFused>(p, columns, stream);
+    case CodebookId::kPvq4:
+      return run_columns<CodebookId::kPvq4, kFused>(p, columns, stream);
+    case CodebookId::kInt8:
+      return run_columns<CodebookId::kInt8, kFused>(p, columns, stream);
   }
   return false;
 }

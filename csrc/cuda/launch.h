@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace pvq::cuda {
 
@@ -40,10 +41,10 @@ __device__ __forceinline__ void wait_for_dependencies() {
 #endif
 }
 
-// `kernel` must call wait_for_dependencies(). Raises the kernel's limit of shared memory the first time on each device.
+// `kernel` must call wait_for_dependencies(). overlap: let it start before the kernel in front of it has ended.
 template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes, cudaStream_t stream,
-            Arguments&&... arguments) {
+void launch_overlapping(bool overlap, void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes,
+                        cudaStream_t stream, Arguments&&... arguments) {
   if (shared_bytes > 32 * 1024)  // with static variables it may pass the default limit of 48 KB
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(shared_bytes)),
@@ -56,11 +57,17 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t sh
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
-  if (device_properties().capability >= 90) {
+  if (overlap && device_properties().capability >= 90) {
     config.attrs = &attribute;
     config.numAttrs = 1;
   }
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), "kernel launch");
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes, cudaStream_t stream,
+            Arguments&&... arguments) {
+  launch_overlapping(true, kernel, grid, block, shared_bytes, stream, std::forward<Arguments>(arguments)...);
 }
 
 }  // namespace pvq::cuda

@@ -8,12 +8,14 @@
 //   pvq4  1024 B  uint4 code[s] | uint4 bits[s]           code[s]: both groups (h = 0, 1), see pack_codes
 //   pvq3   768 B  uint4 code[s] | uint2 bits[s / 2]       bits: signs, and refinement bits of pvq4 or signs of odd s of pvq3
 //   pvq2   512 B  uint4 {code of s = 0, 1 | of s = 2, 3 | signs of s = 0, 1 | of s = 2, 3}
-//   int8  2048 B  uint4 fragment[s = 0] | [1] | [2] | [3]  {row g low, row g + 8 low, row g high, row g + 8 high}; low: weights 0-3
+//   int8  2048 B  uint4 fragment[s = 0] | [1] | [2] | [3]  {row g low, row g + 8 low, row g high, row g + 8 high}; low: weights
+//   0-3
 //
 //   code[s]  bits 2-14 shape of h = 0, 15-17 its gain, 18-30 shape of h = 1, its gain in bits 31, 0, 1 (low bit in 31): the
 //            shapes are byte offsets into a table of words, a gain rotated left by 4 (h = 0: shifted right by 12) one of pairs
 //   bits     byte b, bit 7 - j: sign of weight b of leaf j; bit 3 - j: the refinement bit. leaf = 2 h + (0: low, 1: high)
-//            pvq3: step s even in bits 7-4, odd in bits 3-0.   pvq2: as pvq3; its code words hold bytes (s even: h = 0, 1; s odd: h = 0, 1)
+//            pvq3: step s even in bits 7-4, odd in bits 3-0.   pvq2: as pvq3; its code words hold bytes (s even: h = 0, 1; s odd:
+//            h = 0, 1)
 //
 // Activations: [chunk][padded_columns][128 bytes] int8. A column is one plane of one token (a16: 2 token + plane, high plane
 // first). Within each step of 32 the bytes are in the order of fragment B for that A: position 4 t + i holds column 8 t + i and
@@ -29,16 +31,18 @@ namespace pvq::cuda {
 
 constexpr int kTileRows = 16;
 constexpr int kChunkColumns = 128;
-constexpr int kSteps = 4;           // of 32 columns in a chunk
-constexpr int kRowAlignment = 64;   // rows of a packed segment: four tiles, one warpgroup
-constexpr int kColumnAlignment = 8; // columns (planes of tokens) of the activation buffer
+constexpr int kSteps = 4;            // of 32 columns in a chunk
+constexpr int kRowAlignment = 64;    // rows of a packed segment: four tiles, one warpgroup
+constexpr int kColumnAlignment = 8;  // columns (planes of tokens) of the activation buffer
 constexpr int kDigitTableWords = 8192;
 
 constexpr int chunk_bytes(CodebookId id) {
   return id == CodebookId::kPvq2 ? 512 : id == CodebookId::kPvq3 ? 768 : id == CodebookId::kPvq4 ? 1024 : 2048;
 }
 
-constexpr std::int64_t round_up(std::int64_t value, std::int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+constexpr std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
 constexpr std::int64_t num_chunks(std::int64_t in_features) { return (in_features + kChunkColumns - 1) / kChunkColumns; }
 constexpr std::int64_t padded_rows(std::int64_t rows) { return round_up(rows, kRowAlignment); }
 constexpr std::int64_t weight_bytes(CodebookId id, std::int64_t rows, std::int64_t in_features) {

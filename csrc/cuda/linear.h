@@ -65,7 +65,7 @@ struct Scratch {
 };
 constexpr int kNumCounters = 4096;
 
-constexpr int kMaxFewColumns = 32;
+constexpr int kMaxFewColumns = 16;
 
 // Words of the table a kernel copies to shared memory: digit words by shape (pvq3, pvq4), or for pvq2 the magnitudes of all 256
 // codes as pairs of words (weights 0-3, 4-7). Empty for int8.
@@ -79,10 +79,19 @@ bool rotate_in_clusters(const Tokens& tokens, const Activations& out, cudaStream
 // Quantize and multiply in one launch: one token (both planes of it) without rotation, one segment. False for anything else.
 bool one_token(const Tokens& tokens, const Weight& weight, const Output& output, const Scratch& scratch, cudaStream_t stream);
 
+// Whether a product should start while its activations are being quantized: where its blocks leave multiprocessors to the
+// quantizer. Else some of them start late, with all their work before them.
+bool starts_early(const Activations& a, std::int64_t blocks);
+
 // Products of quantized activations. few_columns: at most kMaxFewColumns; false if the shape does not fit.
 bool few_columns(const Activations& a, const Weight& weight, const Output& output, const Scratch& scratch, cudaStream_t stream);
 void many_columns(const Activations& a, const Weight& weight, const Output& output, const Scratch& scratch, cudaStream_t stream);
 void many_columns_wgmma(const Activations& a, const Weight& weight, const Output& output, const Scratch& scratch,
                         cudaStream_t stream);  // sm_90a
+
+// The product for very many columns, sm_90a: expands the weight to int8 once, in scratch memory of expanded_bytes() (expand.h).
+constexpr std::int64_t kPrefillColumns = 512;  // fewer never pay for the expansion
+bool prefill_pays(std::int64_t rows, std::int64_t num_columns);
+void prefill(const Activations& a, const Weight& weight, const Output& output, std::uint8_t* expanded, cudaStream_t stream);
 
 }  // namespace pvq::cuda

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// A group of threads rotates and quantizes one token in shared memory (format.md §5, §6), in the order of additions that the format
-// fixes. With one token to do, every instruction runs once and is fetched from far away, so loops stay rolled and code is shared.
+// A group of threads rotates and quantizes one token in shared memory (format.md §5, §6), in the order of additions that the
+// format fixes. With one token to do, every instruction runs once and is fetched from far away, so loops stay rolled and code is
+// shared.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -18,13 +19,13 @@ namespace pvq::cuda {
 __host__ __device__ constexpr int float_slot(int i) { return i + (i >> 5); }
 __host__ __device__ constexpr std::int64_t float_buffer_bytes(std::int64_t n) { return (n + n / 32 + 4) / 4 * 16; }
 
-struct GroupSums {             // shared memory of the reductions over a group
+struct GroupSums {  // shared memory of the reductions over a group
   std::uint32_t largest[32];
   std::int32_t sums[2];
 };
 
-struct Group {                 // of threads, whole warps
-  int thread, size, barrier;   // barrier: the number of a named barrier
+struct Group {                // of threads, whole warps
+  int thread, size, barrier;  // barrier: the number of a named barrier
   __device__ __forceinline__ void sync() const { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(size) : "memory"); }
 };
 
@@ -46,9 +47,12 @@ using Element = std::conditional_t<kType == DType::kFloat32, float, std::uint16_
 
 template <DType kType>
 __device__ __forceinline__ float widen(Element<kType> bits) {
-  if constexpr (kType == DType::kFloat32) return bits;
-  else if constexpr (kType == DType::kBFloat16) return __uint_as_float(static_cast<std::uint32_t>(bits) << 16);
-  else return __half2float(__ushort_as_half(bits));
+  if constexpr (kType == DType::kFloat32)
+    return bits;
+  else if constexpr (kType == DType::kBFloat16)
+    return __uint_as_float(static_cast<std::uint32_t>(bits) << 16);
+  else
+    return __half2float(__ushort_as_half(bits));
 }
 
 // Eight columns from an address aligned to 16 bytes.
@@ -84,8 +88,8 @@ __device__ __forceinline__ void load_token(const Group& group, const Element<kTy
   }
 }
 
-// Butterflies of log2(kRadix) strides from `stride` on, a power of two; stride and kRadix are such that a column never straddles a
-// gap elsewhere than at multiples of 32 from its first element.
+// Butterflies of log2(kRadix) strides from `stride` on, a power of two; stride and kRadix are such that a column never straddles
+// a gap elsewhere than at multiples of 32 from its first element.
 template <int kRadix>
 __device__ __forceinline__ void butterfly_pass(const Group& group, float* y, int n, int stride) {
 #pragma unroll 1
@@ -171,13 +175,15 @@ __device__ __forceinline__ void power_passes(const Group& group, float* y, int n
   if (stride < order) group.sync();
 }
 
-// Load and rotate the token at `x`; `y` is written and synchronized afterwards. kMaxDense: the largest dense order (28 or 76), which
-// sets the registers a thread needs; 0 where there is no rotation.
+// Load and rotate the token at `x`; `y` is written and synchronized afterwards. kMaxDense: the largest dense order (28 or 76),
+// which sets the registers a thread needs; 0 where there is no rotation.
 template <DType kType, int kMaxDense>
-__device__ __forceinline__ void rotate_token(const Group& group, const void* x, const Tokens& tokens, float* y, float* coefficients) {
+__device__ __forceinline__ void rotate_token(const Group& group, const void* x, const Tokens& tokens, float* y,
+                                             float* coefficients) {
   const int n = static_cast<int>(tokens.in_features);
   const Rotation& rotation = tokens.rotation;
-  const int num_factors = kMaxDense == 0 ? 0 : rotation.num_factors, last = num_factors > 0 ? rotation.factors[num_factors - 1] : 1;
+  const int num_factors = kMaxDense == 0 ? 0 : rotation.num_factors,
+            last = num_factors > 0 ? rotation.factors[num_factors - 1] : 1;
   const bool power = (last & (last - 1)) == 0, at_load = num_factors == 1 && power && last >= 8;
   load_token<kType>(group, static_cast<const Element<kType>*>(x), n, num_factors > 0 ? rotation.signs : nullptr, at_load, y);
   group.sync();
@@ -230,11 +236,11 @@ __device__ __forceinline__ QuantizedQuad quantize_quad(const float* from, const 
   return words;
 }
 
-// Quantize `y`: store(plane, quad, word) once for each four columns, zeros from in_features to `padded`. Returns the token scale; the
-// sums are in `reduction` after the next barrier.
+// Quantize `y`: store(plane, quad, word) once for each four columns, zeros from in_features to `padded`. Returns the token scale;
+// the sums are in `reduction` after the next barrier.
 template <typename Store>
-__device__ __forceinline__ float quantize_token(const Group& group, const float* y, const Tokens& tokens, int padded, GroupSums& reduction,
-                                                Store store) {
+__device__ __forceinline__ float quantize_token(const Group& group, const float* y, const Tokens& tokens, int padded,
+                                                GroupSums& reduction, Store store) {
   const int quads = static_cast<int>(tokens.in_features) / 4, num_planes = tokens.num_planes;
   std::uint32_t largest = 0;
 #pragma unroll 1

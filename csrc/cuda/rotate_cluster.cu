@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rotation and quantization of few tokens whose width has a dense factor f, where latency is all (sm_90 and later): four blocks of
-// a cluster share a token. Each computes f / 4 of the f outputs of every column of the dense factor, and from there on whole blocks
-// of the power of two are its own.
+// Rotation and quantization of few tokens of a large width, where latency is all (sm_90 and later): four blocks of a cluster
+// share a token. With a dense factor f each computes f / 4 of the f outputs of every column of the factor, and from there on
+// whole blocks of the power of two are its own. Of a power of two alone, each does the strides inside its quarter, then all
+// exchange columns for the last two strides.
 #include <cooperative_groups.h>
 
 #include "launch.h"
@@ -20,11 +21,12 @@ struct Parameters {
   Activations out;
 };
 
+// kOrder: the dense order, or 1.
 template <DType kType, int kOrder>
 __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads, 2)
     rotate_cluster_kernel(const __grid_constant__ Parameters p) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  constexpr int kRows = kOrder / kClusterSize;
+  constexpr int kRows = kOrder == 1 ? 1 : kOrder / kClusterSize;
   extern __shared__ __align__(16) char memory[];
   __shared__ GroupSums reduction;
   __shared__ std::uint32_t cluster_largest[kClusterSize];
@@ -33,31 +35,55 @@ __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads,
   launch_dependents();
   const cg::cluster_group cluster = cg::this_cluster();
   const Group group{static_cast<int>(threadIdx.x), kThreads, 1};
-  const int rank = blockIdx.x % kClusterSize, n = static_cast<int>(p.tokens.in_features), run = n / kOrder, quads = n / kClusterSize / 4;
+  const int rank = blockIdx.x % kClusterSize, n = static_cast<int>(p.tokens.in_features), run = n / kOrder,
+            quads = n / kClusterSize / 4;
   const std::int64_t token = blockIdx.x / kClusterSize;
   const int num_planes = p.tokens.num_planes, lane = threadIdx.x & 31;
   const Element<kType>* x = static_cast<const Element<kType>*>(p.tokens.x) + token * n;
   float* y = reinterpret_cast<float*>(memory);  // this block's quarter of the rotated token
   if (threadIdx.x < 2) cluster_sums[threadIdx.x] = 0;
-  write_coefficients<kOrder>(group, rank * kRows, kRows, coefficients);
-  group.sync();
-  wait_for_dependencies();
-  float* token_floats = y + float_slot(n / kClusterSize);
-  load_token<kType>(group, x, n, p.tokens.rotation.signs, false, token_floats);
-  group.sync();
-#pragma unroll 1
-  for (int j = threadIdx.x; j < run; j += kThreads) {
-    const float* column = token_floats + float_slot(j);  // run is a multiple of 32
-    const int stride = float_slot(run);
-    float in[kOrder];
+  if constexpr (kOrder == 1) {
+    const int quarter = n / kClusterSize, part = quarter / kClusterSize;
+    wait_for_dependencies();
+    load_token<kType>(group, x + rank * quarter, quarter, p.tokens.rotation.signs + rank * quarter / 32, true, y);
+    group.sync();
+    power_passes(group, y, quarter, 8, quarter);
+    cluster.sync();
+    const float* quarters[kClusterSize];
 #pragma unroll
-    for (int c = 0; c < kOrder; ++c) in[c] = column[c * stride];
-    float* to = y + float_slot(j);
+    for (int c = 0; c < kClusterSize; ++c) quarters[c] = cluster.map_shared_rank(y, c) + float_slot(rank * part);
+    y += float_slot(quarter);  // [4][part]: the others still read what was there
 #pragma unroll 1
-    for (int r = 0; r < kRows; ++r) to[r * stride] = dense_row<kOrder>(coefficients + r * kOrder, in);
+    for (int j = threadIdx.x; j < part; j += kThreads) {
+      float v[kClusterSize];
+#pragma unroll
+      for (int c = 0; c < kClusterSize; ++c) v[c] = quarters[c][float_slot(j)];
+      butterflies(v);
+#pragma unroll
+      for (int c = 0; c < kClusterSize; ++c) y[float_slot(c * part + j)] = v[c];
+    }
+    group.sync();
+  } else {
+    write_coefficients<kOrder>(group, rank * kRows, kRows, coefficients);
+    group.sync();
+    wait_for_dependencies();
+    float* token_floats = y + float_slot(n / kClusterSize);
+    load_token<kType>(group, x, n, p.tokens.rotation.signs, false, token_floats);
+    group.sync();
+#pragma unroll 1
+    for (int j = threadIdx.x; j < run; j += kThreads) {
+      const float* column = token_floats + float_slot(j);  // run is a multiple of 32
+      const int stride = float_slot(run);
+      float in[kOrder];
+#pragma unroll
+      for (int c = 0; c < kOrder; ++c) in[c] = column[c * stride];
+      float* to = y + float_slot(j);
+#pragma unroll 1
+      for (int r = 0; r < kRows; ++r) to[r * stride] = dense_row<kOrder>(coefficients + r * kOrder, in);
+    }
+    group.sync();
+    power_passes(group, y, n / kClusterSize, 1, run);
   }
-  group.sync();
-  power_passes(group, y, n / kClusterSize, 1, run);
   std::uint32_t largest = 0;
 #pragma unroll 1
   for (int q = threadIdx.x; q < quads; q += kThreads)
@@ -77,11 +103,12 @@ __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads,
 #pragma unroll 1
   for (int q = threadIdx.x; q < quads; q += kThreads) {
     const QuantizedQuad words = quantize_quad(y + float_slot(4 * q), scale, num_planes);
-    std::int8_t* to = p.out.data + activation_offset(4 * (rank * quads + q), token * num_planes, p.out.padded_columns);
-    *reinterpret_cast<std::uint32_t*>(to) = words.high;
+    // Where the quad stands in the token: among this block's rows, or in a part of each quarter.
+    const int quad = kOrder > 1 ? rank * quads + q : q / (quads / 4) * quads + rank * (quads / 4) + q % (quads / 4);
+    std::int8_t* data = p.out.data;
+    *reinterpret_cast<std::uint32_t*>(data + activation_offset(4 * quad, token * num_planes, p.out.padded_columns)) = words.high;
     if (num_planes == 2)
-      *reinterpret_cast<std::uint32_t*>(p.out.data + activation_offset(4 * (rank * quads + q), 2 * token + 1, p.out.padded_columns)) =
-          words.low;
+      *reinterpret_cast<std::uint32_t*>(data + activation_offset(4 * quad, 2 * token + 1, p.out.padded_columns)) = words.low;
     sum = __dp4a(static_cast<int>(words.high), 0x01010101, sum);
     low_sum = __dp4a(static_cast<int>(words.low), 0x01010101, low_sum);
   }
@@ -99,20 +126,29 @@ __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads,
 #endif
 }
 
+std::int64_t shared_bytes(std::int64_t n, bool dense) {
+  return float_buffer_bytes(dense ? n / kClusterSize + n : 2 * (n / kClusterSize) + 32);
+}
+
 template <DType kType, int kOrder>
 bool run(const Parameters& p, cudaStream_t stream) {
   launch(rotate_cluster_kernel<kType, kOrder>, dim3(static_cast<unsigned>(kClusterSize * p.tokens.num_tokens)), dim3(kThreads),
-         static_cast<std::size_t>(float_buffer_bytes(p.tokens.in_features / kClusterSize + p.tokens.in_features)), stream, p);
+         static_cast<std::size_t>(shared_bytes(p.tokens.in_features, kOrder > 1)), stream, p);
   return true;
 }
 
 template <DType kType>
 bool run_order(const Parameters& p, cudaStream_t stream) {
+  if (p.tokens.rotation.num_factors == 1) return run<kType, 1>(p, stream);
   switch (p.tokens.rotation.factors[0]) {
-    case 12: return run<kType, 12>(p, stream);
-    case 20: return run<kType, 20>(p, stream);
-    case 28: return run<kType, 28>(p, stream);
-    default: return false;
+    case 12:
+      return run<kType, 12>(p, stream);
+    case 20:
+      return run<kType, 20>(p, stream);
+    case 28:
+      return run<kType, 28>(p, stream);
+    default:
+      return false;
   }
 }
 
@@ -120,11 +156,14 @@ bool run_order(const Parameters& p, cudaStream_t stream) {
 
 bool rotate_in_clusters(const Tokens& tokens, const Activations& out, cudaStream_t stream) {
   const Rotation& rotation = tokens.rotation;
-  if (device_properties().capability < 90 || rotation.num_factors != 2 || rotation.block_width != tokens.in_features) return false;
-  const int last = rotation.factors[1];
-  if ((last & (last - 1)) != 0 || last < 32 || tokens.in_features % kChunkColumns != 0 || tokens.in_features < 4096 ||
-      float_buffer_bytes(tokens.in_features / kClusterSize + tokens.in_features) + 8192 > device_properties().max_shared_bytes)
-    return false;
+  const DeviceProperties& device = device_properties();
+  const std::int64_t n = tokens.in_features;
+  if (device.capability < 90 || rotation.num_factors < 1 || rotation.num_factors > 2 || rotation.block_width != n) return false;
+  // Where the tokens alone fill the device, or a block has little to do, the exchange does not pay.
+  if (tokens.num_tokens * kClusterSize > 2 * device.num_sms || n < 8192 || n % kChunkColumns != 0) return false;
+  const int last = rotation.factors[rotation.num_factors - 1];
+  const bool dense = rotation.num_factors == 2;
+  if ((last & (last - 1)) != 0 || last < 32 || shared_bytes(n, dense) + 8192 > device.max_shared_bytes) return false;
   const Parameters p{tokens, out};
   if (tokens.dtype == DType::kBFloat16) return run_order<DType::kBFloat16>(p, stream);
   if (tokens.dtype == DType::kFloat16) return run_order<DType::kFloat16>(p, stream);

@@ -40,8 +40,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) rotate_quantize_kernel(c
 
 template <DType kType, int kThreads, int kMaxDense, int kMinBlocks>
 void run(const Parameters& p, cudaStream_t stream) {
-  launch(rotate_quantize_kernel<kType, kThreads, kMaxDense, kMinBlocks>, dim3(static_cast<unsigned>(p.tokens.num_tokens)), dim3(kThreads),
-         static_cast<std::size_t>(float_buffer_bytes(p.tokens.in_features)), stream, p);
+  launch(rotate_quantize_kernel<kType, kThreads, kMaxDense, kMinBlocks>, dim3(static_cast<unsigned>(p.tokens.num_tokens)),
+         dim3(kThreads), static_cast<std::size_t>(float_buffer_bytes(p.tokens.in_features)), stream, p);
 }
 
 template <DType kType>
@@ -51,21 +51,31 @@ void run_type(const Parameters& p, cudaStream_t stream) {
     const int order = p.tokens.rotation.factors[f];
     if ((order & (order - 1)) != 0) largest_dense = std::max(largest_dense, order);
   }
-  if (largest_dense > 28) run<kType, 256, 76, 1>(p, stream);
-  else if (p.tokens.num_tokens <= 4 && p.tokens.in_features > 4096) run<kType, 1024, 28, 1>(p, stream);
-  else if (p.tokens.num_tokens <= 8 || p.tokens.in_features > 8192) run<kType, 512, 28, 2>(p, stream);
-  else run<kType, 256, 28, 4>(p, stream);
+  if (largest_dense > 28)
+    run<kType, 256, 76, 1>(p, stream);
+  else if (p.tokens.num_tokens <= 8 || p.tokens.in_features > 8192)
+    run<kType, 512, 28, 2>(p, stream);
+  else
+    run<kType, 256, 28, 4>(p, stream);
 }
 
 }  // namespace
 
+bool starts_early(const Activations& a, std::int64_t blocks) {
+  const std::int64_t quantizer_blocks = a.num_tokens * (a.num_chunks * kChunkColumns >= 8192 ? 4 : 1);
+  return a.num_columns() <= 8 || blocks + quantizer_blocks <= device_properties().num_sms;
+}
+
 void rotate_quantize(const Tokens& tokens, const Activations& out, cudaStream_t stream) {
   if (tokens.num_tokens == 0) return;
-  if (tokens.num_tokens <= 8 && rotate_in_clusters(tokens, out, stream)) return;
+  if (rotate_in_clusters(tokens, out, stream)) return;
   const Parameters p{tokens, out};
-  if (tokens.dtype == DType::kBFloat16) run_type<DType::kBFloat16>(p, stream);
-  else if (tokens.dtype == DType::kFloat16) run_type<DType::kFloat16>(p, stream);
-  else run_type<DType::kFloat32>(p, stream);
+  if (tokens.dtype == DType::kBFloat16)
+    run_type<DType::kBFloat16>(p, stream);
+  else if (tokens.dtype == DType::kFloat16)
+    run_type<DType::kFloat16>(p, stream);
+  else
+    run_type<DType::kFloat32>(p, stream);
 }
 
 }  // namespace pvq::cuda
