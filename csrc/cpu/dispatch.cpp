@@ -48,7 +48,8 @@ bool request_amx() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
   const bool amx_tile = (edx >> 24 & 1) != 0, amx_int8 = (edx >> 25 & 1) != 0;
-  return amx_tile && amx_int8 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return amx_tile && amx_int8 && __builtin_cpu_supports("avx512bf16") &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
 Isa best_isa(Isa cap) {

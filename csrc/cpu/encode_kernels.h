@@ -8,7 +8,7 @@
 
 namespace pvq::cpu {
 
-struct Ladder {         // magnitudes of one gain: base + j step, j = 2^r m + f in [0, last]
+struct Ladder {  // magnitudes of one gain: base + j step, j = 2^r m + f in [0, last]
   float base, step;
   int last;
 };
@@ -18,7 +18,7 @@ struct Search {
   const ServingCodebook* book;
   int refinement_bits, num_pyramids, num_gains, num_sets;
   int pyramids[kMaxPyramids];
-  Ladder ladders[kMaxPyramids][kMaxGains];  // by set: pyramids that share their gains are searched together
+  Ladder ladders[kMaxPyramids][kMaxGains];     // by set: pyramids that share their gains are searched together
   int first[kMaxPyramids], end[kMaxPyramids];  // pyramids of a set
 };
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The search of encode.h on sixteen rows side by side, in vector types; no operation crosses lanes. Each encode_*.cpp includes this
-// file inside an anonymous namespace and compiles it for its own instruction set; contraction is off, so all give the same codes.
+// The search of encode.h on sixteen rows side by side, in vector types; no operation crosses lanes. Each encode_*.cpp includes
+// this file inside an anonymous namespace and compiles it for its own instruction set; contraction is off, so all give the same
+// codes.
 
 typedef float Floats __attribute__((vector_size(64)));
 typedef std::int32_t Ints __attribute__((vector_size(64)));
@@ -20,7 +21,8 @@ inline bool any(Ints mask) {
 }
 
 inline Floats square_sum(const Floats* e) {
-  return ((e[0] * e[0] + e[1] * e[1]) + (e[2] * e[2] + e[3] * e[3])) + ((e[4] * e[4] + e[5] * e[5]) + (e[6] * e[6] + e[7] * e[7]));
+  return ((e[0] * e[0] + e[1] * e[1]) + (e[2] * e[2] + e[3] * e[3])) +
+         ((e[4] * e[4] + e[5] * e[5]) + (e[6] * e[6] + e[7] * e[7]));
 }
 
 // Moves pulses, one a round in every lane that still misses some, until the cells add up to the pyramid. A move goes to the
@@ -123,7 +125,7 @@ inline void write_code(const Search& s, const Codewords& words, int lane, int si
 
 // Codes group g of `rows` rows whose weights are w[i], lane by lane; `inverse` is 1 / row_scale, or 0.
 inline void encode_group(const Search& s, const EncodeArgs& p, const Floats* w, Floats inverse, std::int64_t first_row, int rows,
-                             std::int64_t g) {
+                         std::int64_t g) {
   const std::int64_t groups = p.columns / kGroupSize;
   if (s.book == nullptr) {  // int8
     for (int lane = 0; lane < rows; ++lane)
@@ -156,7 +158,7 @@ inline void encode_group(const Search& s, const EncodeArgs& p, const Floats* w, 
 
 // Weights of kEncodeLanes rows, one column a vector; rows past the last one are 0.
 inline void gather_columns(const float* weight, std::int64_t columns, std::int64_t first_row, int rows, std::int64_t first_column,
-                               std::int64_t count, Floats* out) {
+                           std::int64_t count, Floats* out) {
   for (std::int64_t c = 0; c < count; ++c) out[c] = Floats{};
   for (int lane = 0; lane < rows; ++lane)
     for (std::int64_t c = 0; c < count; ++c) out[c][lane] = weight[(first_row + lane) * columns + first_column + c];
@@ -168,7 +170,9 @@ inline Floats gather_scales(const float* row_scale, std::int64_t first_row, int 
   return scale;
 }
 
-inline int lanes_from(std::int64_t row, std::int64_t end) { return static_cast<int>(end - row < kEncodeLanes ? end - row : kEncodeLanes); }
+inline int lanes_from(std::int64_t row, std::int64_t end) {
+  return static_cast<int>(end - row < kEncodeLanes ? end - row : kEncodeLanes);
+}
 
 void encode_range(const Search& s, const EncodeArgs& p, std::int64_t begin, std::int64_t end) {
   for (std::int64_t row = begin; row < end; row += kEncodeLanes) {
@@ -183,8 +187,8 @@ void encode_range(const Search& s, const EncodeArgs& p, std::int64_t begin, std:
   }
 }
 
-void feedback_range(const Search& s, const EncodeArgs& p, const float* factor, float* error, std::int64_t begin,
-                               std::int64_t end, float half, void* columns) {
+void feedback_range(const Search& s, const EncodeArgs& p, const float* factor, float* error, std::int64_t begin, std::int64_t end,
+                    float half, void* columns) {
   Floats* w = static_cast<Floats*>(columns);
   const std::int64_t n = p.columns;
   for (std::int64_t row = begin; row < end; row += kEncodeLanes) {
@@ -213,8 +217,8 @@ void feedback_range(const Search& s, const EncodeArgs& p, const float* factor, f
   }
 }
 
-void error_range(const Search& s, const float* weight, const float* row_scale, std::int64_t columns,
-                            std::int64_t stride, std::int64_t begin, std::int64_t end, float* error) {
+void error_range(const Search& s, const float* weight, const float* row_scale, std::int64_t columns, std::int64_t stride,
+                 std::int64_t begin, std::int64_t end, float* error) {
   for (std::int64_t row = begin; row < end; row += kEncodeLanes) {
     const int rows = lanes_from(row, end);
     const Floats scale = gather_scales(row_scale, row, rows);

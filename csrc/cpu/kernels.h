@@ -19,9 +19,9 @@
 
 namespace pvq::cpu {
 
-constexpr int kLanes = 16;         // rows per block
-constexpr int kNumCodebooks = 4;   // CodebookId values
-constexpr int kMaxDotRows = 8;     // activation rows that one pass over a block serves
+constexpr int kLanes = 16;                                              // rows per block
+constexpr int kNumCodebooks = 4;                                        // CodebookId values
+constexpr int kMaxDotRows = 8;                                          // activation rows that one pass over a block serves
 constexpr std::int64_t kBlockBytes[kNumCodebooks] = {32, 48, 64, 128};  // per group, by CodebookId
 
 struct DotArgs {
@@ -35,13 +35,13 @@ struct DotArgs {
 
 enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
-struct FinishArgs {           // format.md §7 for one block of 16 rows
-  const std::int32_t* sums;   // of plane 0, token 0; [num_tokens, sum_stride]
+struct FinishArgs {                                   // format.md §7 for one block of 16 rows
+  const std::int32_t* sums;                           // of plane 0, token 0; [num_tokens, sum_stride]
   std::int64_t sum_stride, plane_stride, num_tokens;  // plane_stride: elements from a token's plane 0 to its plane 1
-  int num_planes, activation_offset, half_offset;  // half_offset: h
-  const float* row_scale;          // [kLanes]
-  const std::int32_t* row_sum;     // [kLanes]
-  const std::int32_t* token_sum;   // [num_planes, token_stride]: sum of a
+  int num_planes, activation_offset, half_offset;     // half_offset: h
+  const float* row_scale;                             // [kLanes]
+  const std::int32_t* row_sum;                        // [kLanes]
+  const std::int32_t* token_sum;                      // [num_planes, token_stride]: sum of a
   std::int64_t token_stride;
   const float* token_scale;  // [num_tokens]
   const void* bias;          // [num_lanes] of dtype, or null
@@ -83,12 +83,29 @@ const CpuKernels* portable_kernels();
 const CpuKernels* avx2_kernels();         // null if not built for this machine's architecture
 const CpuKernels* avx512_vnni_kernels();  // likewise
 
-// AMX: sums of two blocks against activation rows (int8, no offset; `stride` and columns padded to 64, rows readable up to a
-// multiple of 16). panels [2][padded_columns / 4][16][4]; sums [num_rows up to a multiple of 16, 2 * kLanes].
+// AMX: pairs of neighbouring blocks times up to kAmxRows tokens.
+constexpr std::int64_t kAmxColumns = 64;  // columns of a tile
+constexpr std::int64_t kAmxRows = 32;     // activation rows of a step
+
+struct AmxPair {
+  const std::int8_t* panels[2];  // [padded_columns / 4][16][4] each; the first again where there is no second block
+  FinishArgs finish;             // of the first block; amx_tiles sets what depends on the tokens, y is of token 0
+  int num_lanes[2];              // 0: no second block
+};
+
+struct AmxTokens {
+  const std::uint8_t* activations;   // int8 [num_planes][.., stride], rows readable up to a multiple of 16
+  std::int64_t stride, plane_bytes;  // stride: a multiple of 64 bytes; plane_bytes: from a plane to the next
+  std::int64_t padded_columns;       // a multiple of kAmxColumns
+  std::int64_t first_token, num_tokens;
+  const std::int32_t* token_sum;  // of first_token; [num_planes, token_stride]
+  std::int64_t token_stride;
+  const float* token_scale;  // of first_token
+};
+
 void amx_configure();
 void amx_release();
-void amx_dot(const std::int8_t* panel0, const std::int8_t* panel1, std::int64_t padded_columns, const std::uint8_t* activations,
-             std::int64_t stride, std::int64_t num_rows, std::int32_t* sums);
+void amx_tiles(const AmxPair* pairs, std::int64_t num_pairs, const AmxTokens& tokens);
 
 // What this process uses: the best the machine has, capped by PVQ_CPU_ISA = portable | avx2 | avx512 | amx.
 const CpuKernels& active_kernels();

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // AVX2: the decoder of kernels_avx512.cpp on half as many lanes. Its multiplier (vpmaddubsw) saturates, so products are taken
 // from 16-bit words (vpmaddwd), which cannot overflow.
+#include "../paley.h"
 #include "kernels.h"
 
 #ifdef __AVX2__
@@ -9,6 +10,7 @@
 namespace pvq::cpu {
 namespace {
 
+#include "finish_loops.h"
 #include "vector_loops.h"
 
 // Bytes of 0xFF where the bit of a 32-bit mask is set.
@@ -42,8 +44,7 @@ struct Decoder {
   }
 
   inline Decoded operator()(const std::uint8_t* group, int half) const {
-    const __m256i code =
-        _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(group + 16 * half)));
+    const __m256i code = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(group + 16 * half)));
     const __m256i word = _mm256_i32gather_epi32(digits, _mm256_srli_epi32(code, 3), 4);
     const __m256i step = _mm256_permutevar8x32_epi32(steps, code), base = _mm256_permutevar8x32_epi32(bases, code);
     constexpr int r = kBook.refinement_bits;
@@ -107,7 +108,7 @@ template <CodebookId kId, int kRows>
 void dot_rows(const DotArgs& p) {
   const Decoder<kId> decoder;
   for (int half = 0; half < 2; ++half) {  // eight lanes at a time, so that the sums stay in registers
-    __m256i sum[kRows][2];  // [quarter]: two partial sums for each of four lanes
+    __m256i sum[kRows][2];                // [quarter]: two partial sums for each of four lanes
     for (int row = 0; row < kRows; ++row) sum[row][0] = sum[row][1] = _mm256_setzero_si256();
     const std::uint8_t* group = p.block;
     const std::uint8_t* a = p.activations;
@@ -132,7 +133,6 @@ void dot_rows(const DotArgs& p) {
 }
 
 #include "dot_by_rows.h"
-
 #include "kernel_table.h"
 
 constexpr CpuKernels kTable = make_table("avx2", 0);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // AVX-512 with VNNI. One zmm holds four columns of the 16 rows of a block; vpdpbusd multiplies it by four activations broadcast
 // to all lanes. A group (128 weights) decodes in about 22 instructions and one gather.
+#include "../paley.h"
 #include "kernels.h"
 
 #ifdef __AVX512VNNI__
@@ -9,6 +10,7 @@
 namespace pvq::cpu {
 namespace {
 
+#include "finish_loops.h"
 #include "vector_loops.h"
 
 struct Decoded {
@@ -118,12 +120,10 @@ void dot_rows(const DotArgs& p) {
       sum_high[row] = _mm512_dpbusd_epi32(sum_high[row], broadcast4(a + row * p.stride + 4), q.high);
     }
   }
-  for (int row = 0; row < kRows; ++row)
-    _mm512_storeu_si512(p.sums + row * kLanes, _mm512_add_epi32(sum[row], sum_high[row]));
+  for (int row = 0; row < kRows; ++row) _mm512_storeu_si512(p.sums + row * kLanes, _mm512_add_epi32(sum[row], sum_high[row]));
 }
 
 #include "dot_by_rows.h"
-
 #include "kernel_table.h"
 
 constexpr CpuKernels kTable = make_table("avx512", 128);

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Plain C++: the version to read first, and the one for machines without AVX2.
+#include "../paley.h"
 #include "kernels.h"
 
 namespace pvq::cpu {
 namespace {
 
+#include "finish_loops.h"
 #include "vector_loops.h"
 
 template <CodebookId kId>

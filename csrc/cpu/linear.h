@@ -10,7 +10,7 @@
 
 namespace pvq::cpu {
 
-struct Segment {       // consecutive output rows with one codebook
+struct Segment {  // consecutive output rows with one codebook
   CodebookId codebook;
   std::int64_t rows;
   std::int64_t blocks = 0;         // ceil(rows / kLanes)
@@ -49,11 +49,11 @@ struct LinearArgs {
   const void* x;  // [num_tokens, in_features]
   DType dtype;    // of x, bias and y
   std::int64_t num_tokens;
-  const std::uint8_t* weight;      // [plan.weight_bytes]
-  const float* row_scale;          // [plan.packed_rows], 0 in padding
-  const std::int32_t* row_sum;     // [plan.packed_rows]
-  const void* bias;                // [out_features] or null
-  void* y;                         // [num_tokens, out_features]
+  const std::uint8_t* weight;   // [plan.weight_bytes]
+  const float* row_scale;       // [plan.packed_rows], 0 in padding
+  const std::int32_t* row_sum;  // [plan.packed_rows]
+  const void* bias;             // [out_features] or null
+  void* y;                      // [num_tokens, out_features]
 };
 void linear(const LinearPlan& plan, const LinearArgs& args);
 

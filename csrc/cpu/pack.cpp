@@ -53,8 +53,7 @@ void pack_group(CodebookId id, const std::uint8_t* bytes, int lane, std::uint8_t
       set_bits(out + 16, lane, bytes[1]);
       break;
     case CodebookId::kPvq3:
-    case CodebookId::kPvq4:
-    {
+    case CodebookId::kPvq4: {
       const unsigned code = bytes[0] | static_cast<unsigned>(bytes[1]) << 8;
       const std::uint16_t turned = static_cast<std::uint16_t>(code << 3 | code >> 13);  // the gain first: see kernels.h
       std::memcpy(out + 2 * lane, &turned, 2);

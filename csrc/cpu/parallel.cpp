@@ -54,6 +54,15 @@ void work(void* argument) {
   }
 }
 
+void run(std::int64_t threads, std::int64_t count, std::int64_t chunk_size, RangeFunction function, void* context) {
+  if (threads <= 1) {
+    function(context, 0, count, 0);
+    return;
+  }
+  Job job{function, context, count, chunk_size, {}};
+  runtime().parallel(work, &job, static_cast<unsigned>(threads), 0);
+}
+
 }  // namespace
 
 int max_threads() {
@@ -65,14 +74,14 @@ int max_threads() {
 void parallel_range(std::int64_t count, std::int64_t grain, RangeFunction function, void* context) {
   if (count <= 0) return;
   grain = std::max<std::int64_t>(1, grain);
-  const std::int64_t threads = std::min<std::int64_t>(max_threads(), (count + grain - 1) / grain);
-  if (threads <= 1) {
-    function(context, 0, count, 0);
-    return;
-  }
-  const std::int64_t grains = (count + grain - 1) / grain;
-  Job job{function, context, count, (grains + threads - 1) / threads * grain, {}};
-  runtime().parallel(work, &job, static_cast<unsigned>(threads), 0);
+  const std::int64_t grains = (count + grain - 1) / grain, threads = std::min<std::int64_t>(max_threads(), grains);
+  run(threads, count, (grains + threads - 1) / threads * grain, function, context);
+}
+
+void parallel_chunks(std::int64_t count, std::int64_t chunk, RangeFunction function, void* context) {
+  if (count <= 0) return;
+  const std::int64_t chunks = (count + chunk - 1) / chunk;
+  run(std::min<std::int64_t>(max_threads(), chunks), count, chunk, function, context);
 }
 
 }  // namespace pvq

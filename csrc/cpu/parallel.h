@@ -17,17 +17,28 @@ int max_threads();
 using RangeFunction = void (*)(void* context, std::int64_t begin, std::int64_t end, int slot);
 void parallel_range(std::int64_t count, std::int64_t grain, RangeFunction function, void* context);
 
+// The same in chunks of `chunk`, more of them than threads: whoever is done first takes the next.
+void parallel_chunks(std::int64_t count, std::int64_t chunk, RangeFunction function, void* context);
+
+template <typename Body>
+void call_body(void* context, std::int64_t begin, std::int64_t end, int slot) {
+  (*static_cast<Body*>(context))(begin, end, slot);
+}
+
 // Calls body(begin, end, slot) on disjoint ranges that cover [0, count); no range is shorter than `grain` but the last.
 // `slot` numbers the ranges from 0 and stays below max_threads().
 template <typename Body>
 void parallel_for(std::int64_t count, std::int64_t grain, Body&& body) {
-  using Plain = std::remove_reference_t<Body>;
-  parallel_range(
-      count, grain,
-      [](void* context, std::int64_t begin, std::int64_t end, int slot) {
-        (*static_cast<Plain*>(context))(begin, end, slot);
-      },
-      const_cast<void*>(static_cast<const void*>(&body)));
+  parallel_range(count, grain, call_body<std::remove_reference_t<Body>>, const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+// Calls body(begin, end) on chunks of `chunk` (one thread: on everything at once), for work where threads may not keep pace with
+// each other.
+template <typename Body>
+void parallel_for_chunks(std::int64_t count, std::int64_t chunk, Body&& body) {
+  const auto ignore_slot = [&](std::int64_t begin, std::int64_t end, int) { body(begin, end); };
+  parallel_chunks(count, chunk, call_body<const decltype(ignore_slot)>,
+                  const_cast<void*>(static_cast<const void*>(&ignore_slot)));
 }
 
 }  // namespace pvq
