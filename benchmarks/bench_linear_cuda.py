@@ -18,6 +18,7 @@ import gc
 import importlib.metadata
 import json
 import math
+import signal
 import statistics
 import subprocess
 import sys
@@ -547,34 +548,38 @@ def main() -> None:
     )
     print(title, flush=True)
     cases, names, notes, good = [], [], set(), True
-    for shape in options.shapes:
-        contenders, layers = make_contenders(options, shape, notes)
-        names = list(layers)
-        gc.collect()
-        gc.freeze()  # or each capture may search all of vLLM's objects for garbage
-        if options.check:
-            good &= check(layers, shape, options.tokens)
-        for tokens in options.tokens:
-            x = torch.randn(tokens, shape[1], device="cuda").half()
-            cases.append(
-                {
-                    "shape": f"{shape[0]}x{shape[1]}",
-                    "out_features": shape[0],
-                    "in_features": shape[1],
-                    "tokens": tokens,
-                    "seconds": measure(contenders, x, options.replays, notes),
-                    "weight_bytes": {name: entry.weight_bytes for name, entry in contenders.items()},
-                }
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        for shape in options.shapes:
+            contenders, layers = make_contenders(options, shape, notes)
+            names = list(layers)
+            gc.collect()
+            gc.freeze()  # or each capture may search all of vLLM's objects for garbage
+            if options.check:
+                good &= check(layers, shape, options.tokens)
+            for tokens in options.tokens:
+                x = torch.randn(tokens, shape[1], device="cuda").half()
+                cases.append(
+                    {
+                        "shape": f"{shape[0]}x{shape[1]}",
+                        "out_features": shape[0],
+                        "in_features": shape[1],
+                        "tokens": tokens,
+                        "seconds": measure(contenders, x, options.replays, notes),
+                        "weight_bytes": {name: entry.weight_bytes for name, entry in contenders.items()},
+                    }
+                )
+                torch.cuda.empty_cache()  # the graphs' own pools
+            contenders.clear()
+            layers.clear()
+            torch.cuda.empty_cache()
+            print(
+                f"{shape[0]}x{shape[1]} done after {time.perf_counter() - begin:.0f} s",
+                file=sys.stderr,
+                flush=True,
             )
-            torch.cuda.empty_cache()  # the graphs' own pools
-        contenders.clear()
-        layers.clear()
-        torch.cuda.empty_cache()
-        print(
-            f"{shape[0]}x{shape[1]} done after {time.perf_counter() - begin:.0f} s",
-            file=sys.stderr,
-            flush=True,
-        )
+    except KeyboardInterrupt:
+        notes.add("the run was interrupted: shapes or token counts are missing")
     text = report(cases, names, bandwidth) + "".join(f"\nnot measured: {note}" for note in sorted(notes))
     print(f"\n{text}\n\n{time.perf_counter() - begin:.0f} s in all")
     if options.markdown:

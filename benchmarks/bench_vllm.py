@@ -59,7 +59,7 @@ def measure(model: str, arguments: argparse.Namespace) -> dict[str, float]:
     request = json.dumps(
         [
             model,
-            [int(b) for b in arguments.batches.split(",")],
+            [int(b) for b in arguments.batches.split(",") if b],
             arguments.prefill,
             arguments.new_tokens,
             arguments.eager,
@@ -89,7 +89,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("models", nargs="+", help="folders; the first is what the others are compared with")
-    parser.add_argument("--batches", default="1,8")
+    parser.add_argument(
+        "--batches", default="1,8", help="batch sizes of the decode cases; empty for prefill alone"
+    )
     parser.add_argument("--prefill", type=int, default=1024, help="prompt tokens of the prefill case")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=2)
@@ -101,6 +103,7 @@ def main() -> None:
         for model in arguments.models:
             for case, rate in measure(model, arguments).items():
                 best[model][case] = max(rate, best[model].get(case, 0.0))
+                print(f"{os.path.basename(os.path.normpath(model))}: {case} {rate:.0f}", file=sys.stderr)
     table = Table(
         title=f"tokens per second in vLLM, {'eager' if arguments.eager else 'compiled'}, best of {arguments.rounds}"
     )

@@ -76,6 +76,7 @@ target_sources(_C PRIVATE
   csrc/cuda/device.cpp
   csrc/cuda/dispatch.cu
   csrc/cuda/encode.cu
+  csrc/cuda/expand.cu
   csrc/cuda/few_columns.cu
   csrc/cuda/many_columns.cu
   csrc/cuda/many_columns_wgmma.cu
@@ -85,6 +86,7 @@ target_sources(_C PRIVATE
   csrc/cuda/many_columns_wgmma_pvq4.cu
   csrc/cuda/pack.cu
   csrc/cuda/plan.cpp
+  csrc/cuda/prefill_wgmma.cu
   csrc/cuda/rotate_cluster.cu
   csrc/cuda/rotate_quantize.cu
   csrc/cuda/table.cpp

@@ -56,8 +56,8 @@ py::list serving_codebooks() {
 
 pvq::cpu::EncodeArgs encode_args(std::uintptr_t weight, std::uintptr_t row_scale, std::int64_t rows, std::int64_t columns,
                                  int codebook, std::uintptr_t codes, std::uintptr_t q) {
-  return {codebook_id(codebook), at<const float>(weight), at<const float>(row_scale), rows, columns, at<std::uint8_t>(codes),
-          at<std::int8_t>(q)};
+  return {codebook_id(codebook),   at<const float>(weight), at<const float>(row_scale), rows, columns,
+          at<std::uint8_t>(codes), at<std::int8_t>(q)};
 }
 
 }  // namespace
@@ -85,8 +85,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("max_threads", &pvq::max_threads);
 
   py::class_<pvq::cpu::LinearPlan>(m, "LinearPlan")
-      .def(py::init<std::int64_t, const std::vector<std::pair<int, std::int64_t>>&, int, std::uint64_t, std::int64_t, std::int64_t,
-                    const std::vector<int>&>(),
+      .def(py::init<std::int64_t, const std::vector<std::pair<int, std::int64_t>>&, int, std::uint64_t, std::int64_t,
+                    std::int64_t, const std::vector<int>&>(),
            py::arg("in_features"), py::arg("segments"), py::arg("num_planes"), py::arg("seed"), py::arg("first_column"),
            py::arg("rotation_blocks"), py::arg("factors"))
       .def_readonly("in_features", &pvq::cpu::LinearPlan::in_features)
@@ -120,8 +120,9 @@ PYBIND11_MODULE(_C, m) {
       "linear",
       [](const pvq::cpu::LinearPlan& plan, std::uintptr_t x, int dtype, std::int64_t num_tokens, std::uintptr_t weight,
          std::uintptr_t row_scale, std::uintptr_t row_sum, std::uintptr_t bias, std::uintptr_t y) {
-        pvq::cpu::linear(plan, {at<const void>(x), static_cast<pvq::cpu::DType>(dtype), num_tokens, at<const std::uint8_t>(weight),
-                                at<const float>(row_scale), at<const std::int32_t>(row_sum), at<const void>(bias), at<void>(y)});
+        pvq::cpu::linear(plan,
+                         {at<const void>(x), static_cast<pvq::cpu::DType>(dtype), num_tokens, at<const std::uint8_t>(weight),
+                          at<const float>(row_scale), at<const std::int32_t>(row_sum), at<const void>(bias), at<void>(y)});
       },
       Release());
   m.def(
@@ -135,9 +136,8 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "encode_rows",
       [](std::uintptr_t weight, std::uintptr_t row_scale, std::int64_t rows, std::int64_t columns, int codebook,
-         std::uintptr_t codes, std::uintptr_t q) {
-        pvq::cpu::encode_rows(encode_args(weight, row_scale, rows, columns, codebook, codes, q));
-      },
+         std::uintptr_t codes,
+         std::uintptr_t q) { pvq::cpu::encode_rows(encode_args(weight, row_scale, rows, columns, codebook, codes, q)); },
       Release());
   m.def(
       "encode_rows_with_feedback",
@@ -151,8 +151,8 @@ PYBIND11_MODULE(_C, m) {
       "encoding_error",
       [](int codebook, std::uintptr_t weight, std::uintptr_t row_scale, std::int64_t rows, std::int64_t columns,
          std::int64_t stride, std::uintptr_t error) {
-        pvq::cpu::encoding_error(codebook_id(codebook), at<const float>(weight), at<const float>(row_scale), rows, columns, stride,
-                                 at<float>(error));
+        pvq::cpu::encoding_error(codebook_id(codebook), at<const float>(weight), at<const float>(row_scale), rows, columns,
+                                 stride, at<float>(error));
       },
       Release());
   pvq::bind_canonical(m);

@@ -63,8 +63,7 @@ void add_two(uint64_t* value, const uint64_t* a, const uint64_t* b, int width) {
 }
 
 // difference = value - a - b; returns true when that is greater than zero.
-bool subtract_two(const uint64_t* value, const uint64_t* a, const uint64_t* b, int width,
-                  uint64_t* difference) {
+bool subtract_two(const uint64_t* value, const uint64_t* a, const uint64_t* b, int width, uint64_t* difference) {
   uint64_t borrow = 0, any = 0;
   for (int w = 0; w < width; ++w) {
     const Wide d = static_cast<Wide>(value[w]) - a[w] - b[w] - borrow;
@@ -88,12 +87,9 @@ bool greater_than_double(const uint64_t* value, const uint64_t* a, int width) {
 int words_bound(int d, int k) {
   std::vector<double> log_factorial(d + k + 1, 0.0);
   for (int i = 1; i <= d + k; ++i) log_factorial[i] = log_factorial[i - 1] + std::log2(i);
-  const auto log_choose = [&](int n, int i) {
-    return log_factorial[n] - log_factorial[i] - log_factorial[n - i];
-  };
+  const auto log_choose = [&](int n, int i) { return log_factorial[n] - log_factorial[i] - log_factorial[n - i]; };
   double largest = 0;
-  for (int i = 1; i <= std::min(d, k); ++i)
-    largest = std::max(largest, i + log_choose(d, i) + log_choose(k - 1, i - 1));
+  for (int i = 1; i <= std::min(d, k); ++i) largest = std::max(largest, i + log_choose(d, i) + log_choose(k - 1, i - 1));
   const double terms = std::log2(std::min(d, k)) + 1;
   return static_cast<int>((largest + terms + 1) / 64) + 1;
 }
@@ -125,8 +121,7 @@ Pyramid::Pyramid(int group_size, int num_pulses)
   const int needed = width_[group_size];
   top_row_.resize(static_cast<size_t>(num_pulses + 2) * needed);
   for (int j = 0; j <= num_pulses + 1; ++j)
-    std::copy_n(row.data() + static_cast<size_t>(j) * words_, needed,
-                top_row_.data() + static_cast<size_t>(j) * needed);
+    std::copy_n(row.data() + static_cast<size_t>(j) * words_, needed, top_row_.data() + static_cast<size_t>(j) * needed);
   words_ = needed;
   size_.resize(needed);
   std::vector<uint64_t> last_index = size_;  // N - 1
@@ -192,8 +187,7 @@ void Pyramid::index_from_pulses(const int16_t* pulses, int64_t count, uint64_t* 
       }
     }
     const std::vector<uint64_t> zero(words_, 0);
-    for (int64_t g = 0; g < groups; ++g)
-      subtract_two(size_.data(), r + g * words_, zero.data(), words_, r + g * words_);
+    for (int64_t g = 0; g < groups; ++g) subtract_two(size_.data(), r + g * words_, zero.data(), words_, r + g * words_);
   }
 }
 
@@ -221,9 +215,7 @@ int64_t Pyramid::pulses_from_index(uint64_t* index, int64_t count, int16_t* puls
         uint64_t* r = index + (begin + g) * words_;
         // Largest j with r > 2 U(l, j); |x| = k - j is mostly small, so look near k first. U(l, 0) = 0
         // ends the search.
-        const auto fits = [&](int j) {
-          return greater_than_double(r, row.data() + static_cast<size_t>(j) * words_, width);
-        };
+        const auto fits = [&](int j) { return greater_than_double(r, row.data() + static_cast<size_t>(j) * words_, width); };
         int j = k, refused = k + 1;
         for (int step = 1; !fits(j); step *= 2) {
           refused = j;
@@ -282,8 +274,8 @@ int64_t canonical_row_bytes(const CanonicalFormat& format) {
   return (format.groups * (index_bits + format.amplitude_bits) + 7) / 8;
 }
 
-void canonical_encode_rows(const int16_t* pulses, const uint16_t* amplitudes, int64_t rows,
-                           const CanonicalFormat& format, uint8_t* packed) {
+void canonical_encode_rows(const int16_t* pulses, const uint16_t* amplitudes, int64_t rows, const CanonicalFormat& format,
+                           uint8_t* packed) {
   const auto pyramid = Pyramid::get(format.group_size, format.num_pulses);
   const int words = pyramid->words(), index_bits = pyramid->index_bits();
   const int group_bits = index_bits + format.amplitude_bits;
@@ -303,8 +295,8 @@ void canonical_encode_rows(const int16_t* pulses, const uint16_t* amplitudes, in
   }
 }
 
-DecodeStatus canonical_decode_rows(const uint8_t* packed, const float* levels, int64_t rows,
-                                   const CanonicalFormat& format, int8_t* q) {
+DecodeStatus canonical_decode_rows(const uint8_t* packed, const float* levels, int64_t rows, const CanonicalFormat& format,
+                                   int8_t* q) {
   // x + kRound - kRound is rint(x) for |x| < 2^51, to even, without a call.
   constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
   const auto pyramid = Pyramid::get(format.group_size, format.num_pulses);
@@ -331,8 +323,7 @@ DecodeStatus canonical_decode_rows(const uint8_t* packed, const float* levels, i
       level[g] = levels[amplitude];
     }
     const int64_t invalid = pyramid->pulses_from_index(index.data(), count, pulses.data());
-    if (invalid >= 0)
-      return {Fault::kIndex, (begin + invalid) / format.groups, (begin + invalid) % format.groups};
+    if (invalid >= 0) return {Fault::kIndex, (begin + invalid) / format.groups, (begin + invalid) % format.groups};
     for (int64_t g = 0; g < count; ++g) {
       const int16_t* p = pulses.data() + g * d;
       int64_t square = 0;
@@ -345,8 +336,7 @@ DecodeStatus canonical_decode_rows(const uint8_t* packed, const float* levels, i
       if (!(largest * factor < 127.5))  // 127.5 would round to 128
         return {Fault::kRange, (begin + g) / format.groups, (begin + g) % format.groups};
       int8_t* out = q + (begin + g) * d;
-      for (int i = 0; i < d; ++i)
-        out[i] = static_cast<int8_t>(static_cast<int>((p[i] * factor + kRound) - kRound));
+      for (int i = 0; i < d; ++i) out[i] = static_cast<int8_t>(static_cast<int>((p[i] * factor + kRound) - kRound));
     }
   }
   return {};

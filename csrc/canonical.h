@@ -31,8 +31,8 @@ class Pyramid {
 
   int group_size() const { return group_size_; }
   int num_pulses() const { return num_pulses_; }
-  int index_bits() const { return index_bits_; }          // I
-  int words() const { return words_; }                    // 64-bit words of an index
+  int index_bits() const { return index_bits_; }               // I
+  int words() const { return words_; }                         // 64-bit words of an index
   const std::vector<uint64_t>& size() const { return size_; }  // N(D, K), [words]
 
   // pulses [count, D], each with sum |p| == K (not checked) -> index [count, words].
@@ -56,8 +56,8 @@ class Pyramid {
 
   int group_size_, num_pulses_, index_bits_ = 0, words_ = 0;
   int64_t batch_;
-  std::vector<int> width_;        // [D + 1] words that hold N(l, K)
-  std::vector<uint64_t> size_;    // [words]
+  std::vector<int> width_;         // [D + 1] words that hold N(l, K)
+  std::vector<uint64_t> size_;     // [words]
   std::vector<uint64_t> top_row_;  // [K + 2, words] U(D, j)
 };
 
@@ -76,8 +76,8 @@ struct CanonicalFormat {
 int64_t canonical_row_bytes(const CanonicalFormat& format);
 
 // pulses [rows, groups, D], amplitudes [rows, groups] below 2^b -> packed [rows, row_bytes].
-void canonical_encode_rows(const int16_t* pulses, const uint16_t* amplitudes, int64_t rows,
-                           const CanonicalFormat& format, uint8_t* packed);
+void canonical_encode_rows(const int16_t* pulses, const uint16_t* amplitudes, int64_t rows, const CanonicalFormat& format,
+                           uint8_t* packed);
 
 enum class Fault : int { kNone = 0, kIndex = 1, kRange = 2, kPadding = 3 };
 
@@ -89,7 +89,7 @@ struct DecodeStatus {
 
 // packed [rows, row_bytes], levels [2^b] -> q [rows, groups * D]; stops at the first fault: an index of N or
 // more (kIndex), a weight outside [-127, 127] (kRange), an unused bit of a row that is set (kPadding).
-DecodeStatus canonical_decode_rows(const uint8_t* packed, const float* levels, int64_t rows,
-                                   const CanonicalFormat& format, int8_t* q);
+DecodeStatus canonical_decode_rows(const uint8_t* packed, const float* levels, int64_t rows, const CanonicalFormat& format,
+                                   int8_t* q);
 
 }  // namespace pvq

@@ -26,13 +26,9 @@ inline pybind11::bytes codebook_size(int group_size, int num_pulses) {
   return pybind11::bytes(reinterpret_cast<const char*>(size.data()), size.size() * sizeof(uint64_t));
 }
 
-inline int index_bits(int group_size, int num_pulses) {
-  return Pyramid::get(group_size, num_pulses)->index_bits();
-}
+inline int index_bits(int group_size, int num_pulses) { return Pyramid::get(group_size, num_pulses)->index_bits(); }
 
-inline int index_words(int group_size, int num_pulses) {
-  return Pyramid::get(group_size, num_pulses)->words();
-}
+inline int index_words(int group_size, int num_pulses) { return Pyramid::get(group_size, num_pulses)->words(); }
 
 inline void index_from_pulses(uintptr_t pulses, int64_t count, int group_size, int num_pulses, uintptr_t index) {
   Pyramid::get(group_size, num_pulses)->index_from_pulses(at<const int16_t>(pulses), count, at<uint64_t>(index));
@@ -59,8 +55,8 @@ inline int64_t row_grain(const CanonicalFormat& format) {
   return std::max<int64_t>(1, batch / std::max<int64_t>(1, format.groups));
 }
 
-inline void encode_rows(uintptr_t pulses, uintptr_t amplitudes, int64_t rows, int64_t groups, int group_size,
-                        int num_pulses, int amplitude_bits, uintptr_t packed) {
+inline void encode_rows(uintptr_t pulses, uintptr_t amplitudes, int64_t rows, int64_t groups, int group_size, int num_pulses,
+                        int amplitude_bits, uintptr_t packed) {
   const CanonicalFormat format{group_size, num_pulses, amplitude_bits, groups};
   const int64_t row_bytes = canonical_row_bytes(format);
   parallel_for(rows, row_grain(format), [&](int64_t begin, int64_t end, int) {
@@ -78,9 +74,8 @@ inline std::tuple<int, int64_t, int64_t> decode_rows(uintptr_t packed, uintptr_t
   const int64_t row_bytes = canonical_row_bytes(format);
   std::vector<DecodeStatus> of_slot(std::max(1, max_threads()));
   parallel_for(rows, row_grain(format), [&](int64_t begin, int64_t end, int slot) {
-    DecodeStatus status =
-        canonical_decode_rows(at<const uint8_t>(packed) + begin * row_bytes, at<const float>(levels), end - begin,
-                              format, at<int8_t>(q) + begin * groups * group_size);
+    DecodeStatus status = canonical_decode_rows(at<const uint8_t>(packed) + begin * row_bytes, at<const float>(levels),
+                                                end - begin, format, at<int8_t>(q) + begin * groups * group_size);
     if (status.fault != Fault::kNone) status.row += begin;
     of_slot[slot] = status;
   });
@@ -102,11 +97,10 @@ inline void bind_canonical(pybind11::module_& m) {
         py::arg("group_size"), py::arg("num_pulses"), py::arg("index"));
   m.def("canonical_pulses_from_index", &bound::pulses_from_index, NoGil(), py::arg("index"), py::arg("count"),
         py::arg("group_size"), py::arg("num_pulses"), py::arg("pulses"));
-  m.def("canonical_search", &bound::search, NoGil(), py::arg("x"), py::arg("count"), py::arg("group_size"),
-        py::arg("num_pulses"), py::arg("pulses"));
-  m.def("canonical_encode_rows", &bound::encode_rows, NoGil(), py::arg("pulses"), py::arg("amplitudes"),
-        py::arg("rows"), py::arg("groups"), py::arg("group_size"), py::arg("num_pulses"), py::arg("amplitude_bits"),
-        py::arg("packed"));
+  m.def("canonical_search", &bound::search, NoGil(), py::arg("x"), py::arg("count"), py::arg("group_size"), py::arg("num_pulses"),
+        py::arg("pulses"));
+  m.def("canonical_encode_rows", &bound::encode_rows, NoGil(), py::arg("pulses"), py::arg("amplitudes"), py::arg("rows"),
+        py::arg("groups"), py::arg("group_size"), py::arg("num_pulses"), py::arg("amplitude_bits"), py::arg("packed"));
   m.def("canonical_decode_rows", &bound::decode_rows, NoGil(), py::arg("packed"), py::arg("levels"), py::arg("rows"),
         py::arg("groups"), py::arg("group_size"), py::arg("num_pulses"), py::arg("amplitude_bits"), py::arg("q"));
 }

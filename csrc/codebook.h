@@ -28,7 +28,7 @@ namespace pvq {
 constexpr int kGroupSize = 8;  // D
 constexpr int kMaxPyramids = 3;
 constexpr int kMaxGains = 8;
-constexpr int kMaxDigit = 8;  // largest K: a digit fits in four bits
+constexpr int kMaxDigit = 8;        // largest K: a digit fits in four bits
 constexpr int kMaxMagnitude = 127;  // b_i fits in seven bits, so ~b_i fits in int8
 
 enum class CodebookId : int { kPvq2 = 0, kPvq3 = 1, kPvq4 = 2, kInt8 = 3 };
@@ -47,7 +47,7 @@ struct ServingCodebook {
   int refinement_bits;         // r
   int num_gains;
   Rung gains[kMaxPyramids][kMaxGains];  // by pyramid and gain index
-  float target_rms;  // of a row in int8 units: where the ladder fits a Gaussian row best (benchmarks/snr.py)
+  float target_rms;                     // of a row in int8 units: where the ladder fits a Gaussian row best (benchmarks/snr.py)
 };
 
 constexpr ServingCodebook make_pvq2() {
@@ -66,8 +66,7 @@ constexpr ServingCodebook kServingCodebooks[] = {
     make_pvq2(),
     make_joined(CodebookId::kPvq3, "pvq3", 3, 0, 29.0f,
                 {{5, 10}, {6, 12}, {7, 14}, {15, 14}, {8, 16}, {7, 20}, {10, 22}, {17, 22}}),
-    make_joined(CodebookId::kPvq4, "pvq4", 4, 1, 31.0f,
-                {{2, 6}, {3, 7}, {4, 8}, {4, 9}, {5, 10}, {6, 11}, {8, 12}, {8, 14}}),
+    make_joined(CodebookId::kPvq4, "pvq4", 4, 1, 31.0f, {{2, 6}, {3, 7}, {4, 8}, {4, 9}, {5, 10}, {6, 11}, {8, 12}, {8, 14}}),
 };
 
 constexpr int num_compositions(int parts, int total) {  // C(total + parts - 1, parts - 1)

@@ -252,8 +252,10 @@ def linear(
     num_tokens = x.numel() // layer.in_features
     if num_tokens == 0:
         return y
-    workspace = torch.empty(layer.workspace_bytes(num_tokens), dtype=torch.uint8, device=x.device)
     with _named_errors():
+        workspace = torch.empty(
+            layer.workspace_bytes(num_tokens, device), dtype=torch.uint8, device=x.device
+        )
         _C.cuda.linear(
             layer,
             constants,

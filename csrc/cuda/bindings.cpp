@@ -73,8 +73,8 @@ void quantize_at(const CudaPlan& plan, const Constants& constants, Address x, in
 
 EncodeArgs encode_args(int codebook, Address weight, Address row_scale, std::int64_t rows, std::int64_t columns, Address codes,
                        Address q) {
-  return {codebook_id(codebook), at<const float>(weight), at<const float>(row_scale), rows, columns, at<std::uint8_t>(codes),
-          at<std::int8_t>(q)};
+  return {codebook_id(codebook),   at<const float>(weight), at<const float>(row_scale), rows, columns,
+          at<std::uint8_t>(codes), at<std::int8_t>(q)};
 }
 
 void bind_encoder(py::module_& m) {
@@ -118,7 +118,8 @@ void bind_decoder(py::module_& m) {
   m.def(
       "canonical_decode_rows",
       [](int group_size, int num_pulses, int amplitude_bits, std::int64_t groups, Address packed, Address levels,
-         std::int64_t rows, Address q, Address fault, Address workspace, std::int64_t workspace_bytes, int device, Address stream) {
+         std::int64_t rows, Address q, Address fault, Address workspace, std::int64_t workspace_bytes, int device,
+         Address stream) {
         const DeviceScope scope(device);
         canonical_decode_rows(at<const std::uint8_t>(packed), at<const float>(levels), rows,
                               {group_size, num_pulses, amplitude_bits, groups}, at<std::int8_t>(q), at<std::int64_t>(fault),
@@ -159,7 +160,11 @@ void bind(py::module_ m) {
       .def_readonly("num_planes", &CudaPlan::num_planes)
       .def_readonly("sign_bits", &CudaPlan::sign_bits)
       .def_property_readonly("segments", &segments_of)
-      .def("workspace_bytes", [](const CudaPlan& plan, std::int64_t num_tokens) { return plan.workspace(num_tokens).bytes; })
+      .def("workspace_bytes",
+           [](const CudaPlan& plan, std::int64_t num_tokens, int device) {
+             const DeviceScope scope(device);
+             return workspace_bytes(plan, num_tokens);
+           })
       .def("workspace_offsets", &offsets_of);
   py::class_<Constants>(m, "Constants").def(py::init(&constants_at), py::arg("tables"), py::arg("signs"));
 

@@ -1,19 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "dispatch.h"
-
 #include <cstdlib>
 #include <stdexcept>
 
+#include "dispatch.h"
 #include "launch.h"
 #include "rotate.cuh"
 
 namespace pvq::cuda {
 namespace {
 
-constexpr std::int64_t kFewColumns = kMaxFewColumns;
+constexpr std::int64_t kMmaColumns = 32;  // up to here mma.sync is faster than wgmma, which wants 64 columns or more
 constexpr std::int64_t kStaticSharedBytes = 24 * 1024;  // at most, of the kernel that rotates
 
-enum class Choice { kAuto, kFew, kMma, kWgmma };
+enum class Choice { kAuto, kFew, kMma, kWgmma, kPrefill };
 
 Choice choice() {
   const char* text = std::getenv("PVQ_CUDA_KERNEL");
@@ -23,7 +22,8 @@ Choice choice() {
   if (name == "few") return Choice::kFew;
   if (name == "mma") return Choice::kMma;
   if (name == "wgmma") return Choice::kWgmma;
-  throw std::invalid_argument("PVQ_CUDA_KERNEL is '" + name + "'; use auto, few, mma or wgmma.");
+  if (name == "prefill") return Choice::kPrefill;
+  throw std::invalid_argument("PVQ_CUDA_KERNEL is '" + name + "'; use auto, few, mma, wgmma or prefill.");
 }
 
 // wgmma exists on compute capability 9.0 and only in code compiled for 9.0a.
@@ -51,12 +51,26 @@ Activations activations_of(const CudaPlan& plan, const Workspace& w, const Call&
           plan.num_planes};
 }
 
+// Of a segment.
+bool takes_prefill(Choice chosen, std::int64_t rows, std::int64_t num_columns) {
+  if (!has_wgmma()) return false;
+  return chosen == Choice::kPrefill || (chosen == Choice::kAuto && prefill_pays(rows, num_columns));
+}
+
+Workspace workspace_of(const CudaPlan& plan, std::int64_t num_tokens, Choice chosen) {
+  bool for_prefill = false;
+  for (const Segment& segment : plan.segments) for_prefill |= takes_prefill(chosen, segment.rows, num_tokens * plan.num_planes);
+  return plan.workspace(num_tokens, for_prefill);
+}
+
 void multiply(Choice chosen, const Activations& a, const Weight& weight, const Output& output, const Scratch& scratch,
-              cudaStream_t stream) {
+              std::uint8_t* expanded, cudaStream_t stream) {
+  if (takes_prefill(chosen, weight.rows, a.num_columns())) return prefill(a, weight, output, expanded, stream);
   if (chosen == Choice::kAuto)
-    chosen = a.num_columns() <= kFewColumns ? Choice::kFew : has_wgmma() ? Choice::kWgmma : Choice::kMma;
-  const bool few = chosen == Choice::kFew && a.num_columns() <= kFewColumns;
-  if (few && few_columns(a, weight, output, scratch, stream)) return;
+    chosen = a.num_columns() <= kMaxFewColumns              ? Choice::kFew
+             : a.num_columns() > kMmaColumns && has_wgmma() ? Choice::kWgmma
+                                                            : Choice::kMma;
+  if (chosen == Choice::kFew && a.num_columns() <= kMaxFewColumns && few_columns(a, weight, output, scratch, stream)) return;
   if (chosen != Choice::kMma && has_wgmma()) {
     many_columns_wgmma(a, weight, output, scratch, stream);
   } else {
@@ -69,13 +83,18 @@ __global__ void probe() {}
 
 }  // namespace
 
+std::int64_t workspace_bytes(const CudaPlan& plan, std::int64_t num_tokens) {
+  return workspace_of(plan, num_tokens, choice()).bytes;
+}
+
 void linear(const CudaPlan& plan, const Constants& constants, const Call& call) {
   if (call.num_tokens <= 0) return;
   const Choice chosen = choice();
-  const Workspace w = plan.workspace(call.num_tokens);
+  const Workspace w = workspace_of(plan, call.num_tokens, chosen);
   const Tokens tokens = tokens_of(plan, constants, call);
   const Activations a = activations_of(plan, w, call);
   const Scratch scratch{reinterpret_cast<std::int32_t*>(call.workspace + w.partial), w.partial_elements, constants.counters};
+  std::uint8_t* expanded = reinterpret_cast<std::uint8_t*>(call.workspace + w.expanded);
   const std::int64_t element_bytes = call.dtype == DType::kFloat32 ? 4 : 2;
   const bool alone = chosen == Choice::kAuto && call.num_tokens == 1 && plan.segments.size() == 1;
   bool quantized = false;
@@ -93,7 +112,7 @@ void linear(const CudaPlan& plan, const Constants& constants, const Call& call) 
     if (alone && one_token(tokens, weight, output, scratch, call.stream)) return;
     if (!quantized) rotate_quantize(tokens, a, call.stream);
     quantized = true;
-    multiply(chosen, a, weight, output, scratch, call.stream);
+    multiply(chosen, a, weight, output, scratch, expanded, call.stream);
   }
 }
 

@@ -10,10 +10,10 @@ namespace pvq::cuda {
 
 constexpr int kNumCodebooks = 4;
 
-struct Constants {                               // of a plan on a device; they outlive every call
-  const std::uint32_t* tables[kNumCodebooks];    // by codebook, null where the plan has none
-  const std::uint32_t* signs;                    // plan.sign_bits, null without rotation
-  std::int32_t* counters;                        // [kNumCounters] zeros; calls on different streams need their own
+struct Constants {                             // of a plan on a device; they outlive every call
+  const std::uint32_t* tables[kNumCodebooks];  // by codebook, null where the plan has none
+  const std::uint32_t* signs;                  // plan.sign_bits, null without rotation
+  std::int32_t* counters;                      // [kNumCounters] zeros; calls on different streams need their own
 };
 
 struct Call {
@@ -24,12 +24,15 @@ struct Call {
   const float* row_scale;      // [plan.packed_rows], 0 in padding
   const void* bias;            // [out_features] or null
   void* y;                     // [num_tokens, out_features]
-  char* workspace;             // [plan.workspace(num_tokens).bytes], aligned to 256 bytes
+  char* workspace;             // [workspace_bytes(plan, num_tokens)], aligned to 256 bytes
   cudaStream_t stream;
 };
 
-// y = x W^T + bias. The environment variable PVQ_CUDA_KERNEL, for tests, takes one kernel for everything: few (up to 8 columns),
-// mma or wgmma; auto, or unset: the fastest.
+// What a call on the current device needs.
+std::int64_t workspace_bytes(const CudaPlan& plan, std::int64_t num_tokens);
+
+// y = x W^T + bias. The environment variable PVQ_CUDA_KERNEL, for tests, takes one kernel for everything: few (few columns),
+// mma, wgmma or prefill; auto, or unset: the fastest.
 void linear(const CudaPlan& plan, const Constants& constants, const Call& call);
 
 // The first half alone: `call` needs x, dtype, num_tokens, workspace and stream; the result is in the workspace (layout.h).
@@ -49,10 +52,10 @@ class DeviceScope {
 
 struct DeviceReport {
   std::string name;
-  int capability = 0;             // 10 major + minor
-  std::int64_t max_in_features = 0;  // a token of them is rotated in shared memory
+  int capability = 0;                           // 10 major + minor
+  std::int64_t max_in_features = 0;             // a token of them is rotated in shared memory
   int driver_version = 0, runtime_version = 0;  // 1000 major + 10 minor
-  std::string fault;              // empty: the kernels run here. driver, image (none for this GPU), or the error's name
+  std::string fault;  // empty: the kernels run here. driver, image (none for this GPU), or the error's name
 };
 
 // Never throws: a fault is what the caller wants to explain.

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "encode.h"
-
 #include <stdexcept>
 #include <string>
 #include <type_traits>
 
+#include "encode.h"
 #include "encode_search.cuh"
 #include "launch.h"
 
@@ -125,8 +124,8 @@ constexpr int kEncodeThreads = 256;
 constexpr int kRowThreads = 64;  // rows are few: small blocks spread them over the multiprocessors
 
 template <CodebookId kId>
-__global__ void __launch_bounds__(kEncodeThreads) encode_kernel(const __grid_constant__ EncodeArgs p,
-                                                                const __grid_constant__ Search search) {
+__global__ void __launch_bounds__(kEncodeThreads)
+    encode_kernel(const __grid_constant__ EncodeArgs p, const __grid_constant__ Search search) {
   wait_for_dependencies();
   const std::int64_t element = static_cast<std::int64_t>(blockIdx.x) * kEncodeThreads + threadIdx.x;
   const int lane = static_cast<int>(threadIdx.x) % kGroupSize;
@@ -142,9 +141,9 @@ __global__ void __launch_bounds__(kEncodeThreads) encode_kernel(const __grid_con
 
 // Eight threads a row. Thread i has the columns i, i + 8, ... of its row to itself, in `error`.
 template <CodebookId kId>
-__global__ void __launch_bounds__(kRowThreads) feedback_kernel(const __grid_constant__ EncodeArgs p,
-                                                               const __grid_constant__ Search search,
-                                                               const float* factor, float* error) {
+__global__ void __launch_bounds__(kRowThreads)
+    feedback_kernel(const __grid_constant__ EncodeArgs p, const __grid_constant__ Search search, const float* factor,
+                    float* error) {
   wait_for_dependencies();
   constexpr float kHalf = kId == CodebookId::kInt8 ? 0.0f : 0.5f;
   const std::int64_t row = (static_cast<std::int64_t>(blockIdx.x) * kRowThreads + threadIdx.x) / kGroupSize, n = p.columns;
@@ -187,9 +186,9 @@ __global__ void __launch_bounds__(kRowThreads) feedback_kernel(const __grid_cons
 }
 
 template <CodebookId kId>
-__global__ void __launch_bounds__(kRowThreads) error_kernel(const __grid_constant__ Search search, const float* weight,
-                                                            const float* row_scale, std::int64_t rows, std::int64_t columns,
-                                                            std::int64_t stride, float* error) {
+__global__ void __launch_bounds__(kRowThreads)
+    error_kernel(const __grid_constant__ Search search, const float* weight, const float* row_scale, std::int64_t rows,
+                 std::int64_t columns, std::int64_t stride, float* error) {
   wait_for_dependencies();
   const std::int64_t row = (static_cast<std::int64_t>(blockIdx.x) * kRowThreads + threadIdx.x) / kGroupSize;
   const int lane = static_cast<int>(threadIdx.x) % kGroupSize;
@@ -216,10 +215,14 @@ using Id = std::integral_constant<CodebookId, kId>;
 template <typename Function>
 void with_codebook(CodebookId id, Function function) {
   switch (id) {
-    case CodebookId::kPvq2: return function(Id<CodebookId::kPvq2>());
-    case CodebookId::kPvq3: return function(Id<CodebookId::kPvq3>());
-    case CodebookId::kPvq4: return function(Id<CodebookId::kPvq4>());
-    case CodebookId::kInt8: return function(Id<CodebookId::kInt8>());
+    case CodebookId::kPvq2:
+      return function(Id<CodebookId::kPvq2>());
+    case CodebookId::kPvq3:
+      return function(Id<CodebookId::kPvq3>());
+    case CodebookId::kPvq4:
+      return function(Id<CodebookId::kPvq4>());
+    case CodebookId::kInt8:
+      return function(Id<CodebookId::kInt8>());
   }
   throw std::invalid_argument("unknown codebook id " + std::to_string(static_cast<int>(id)));
 }

@@ -119,9 +119,9 @@ PVQ_HOST_DEVICE bool move_pulse(const Ladder& ladder, bool up, int (&j)[kGroupSi
 
 template <int kPyramids>
 struct LadderResult {
-  float free_cost;             // of the nearest magnitudes, whatever their sum
-  float cost[kPyramids];       // infinite where there is no codeword
-  float threshold[kPyramids];  // a best cost above it admits the pyramid: the larger of cost and bound
+  float free_cost;                                // of the nearest magnitudes, whatever their sum
+  float cost[kPyramids];                          // infinite where there is no codeword
+  float threshold[kPyramids];                     // a best cost above it admits the pyramid: the larger of cost and bound
   std::uint32_t low[kPyramids], high[kPyramids];  // j of coordinates 0-3 and 4-7, a byte each
 };
 

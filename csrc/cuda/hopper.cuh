@@ -5,6 +5,13 @@
 
 #include <cstdint>
 
+// A ptxas for an architecture without clusters refuses the attribute.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define PVQ_CLUSTER(n) __cluster_dims__(n, 1, 1)
+#else
+#define PVQ_CLUSTER(n)
+#endif
+
 namespace pvq::cuda {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -29,37 +36,28 @@ __device__ __forceinline__ void arrive(std::uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// At the same barrier of another CTA of the cluster.
+// At the same barrier of another CTA of the cluster. The scope is the CTA, as of the wait: the cluster's costs a fence of the
+// whole GPU's memory each time, and between CTAs go only bulk copies, whose bytes the barriers count.
 __device__ __forceinline__ void arrive_at(std::uint32_t barrier, std::uint32_t rank) {
   asm volatile(
       "{\n.reg .b32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier),
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier),
       "r"(rank)
       : "memory");
 }
 
 // Until the phase of this parity is over. A fresh barrier is in phase 0, and the phase before it, of parity 1, counts as over.
-template <bool kCluster = false>
 __device__ __forceinline__ void wait_barrier(std::uint32_t barrier, std::uint32_t parity) {
   std::uint32_t done;
   do {
-    if constexpr (kCluster)
-      asm volatile(
-          "{\n.reg .pred p;\n"
-          "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
-          "selp.b32 %0, 1, 0, p;\n}"
-          : "=r"(done)
-          : "r"(barrier), "r"(parity)
-          : "memory");
-    else
-      asm volatile(
-          "{\n.reg .pred p;\n"
-          "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-          "selp.b32 %0, 1, 0, p;\n}"
-          : "=r"(done)
-          : "r"(barrier), "r"(parity)
-          : "memory");
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.b32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
   } while (done == 0);
 }
 
@@ -107,6 +105,18 @@ __device__ __forceinline__ void copy_bulk_multicast(std::uint32_t to, const void
       : "memory");
 }
 
+// The stages of a ring of buffers, one after another. parity: of the phase that fills the stage.
+struct Ring {
+  int stage = 0;
+  std::uint32_t parity = 0;
+  __device__ __forceinline__ void advance(int stages) {
+    if (++stage == stages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
 // Warpgroup multiplication, m64nNk32 of int8: A in registers, B in shared memory, [column][128 bytes of k] with the 128-byte
 // swizzle. The asm statements name no memory, so that loads of tables may move across them; the barriers do order memory.
 
@@ -142,60 +152,83 @@ template <int kN>
 __device__ __forceinline__ void multiply(std::int32_t (&d)[kN / 2], const std::uint32_t (&a)[4], std::uint64_t b);
 
 #define PVQ_D(i) "+r"(d[i])
-#define PVQ_D8(i) \
-  PVQ_D(i), PVQ_D(i + 1), PVQ_D(i + 2), PVQ_D(i + 3), PVQ_D(i + 4), PVQ_D(i + 5), PVQ_D(i + 6), PVQ_D(i + 7)
+#define PVQ_D8(i) PVQ_D(i), PVQ_D(i + 1), PVQ_D(i + 2), PVQ_D(i + 3), PVQ_D(i + 4), PVQ_D(i + 5), PVQ_D(i + 6), PVQ_D(i + 7)
+
+// The same of 256 columns with A in shared memory too: [row][128 bytes of k], swizzled like B.
+__device__ __forceinline__ void multiply_shared(std::int32_t (&d)[128], std::uint64_t a, std::uint64_t b);
 
 template <>
 __device__ __forceinline__ void multiply<16>(std::int32_t (&d)[8], const std::uint32_t (&a)[4], std::uint64_t b) {
-  asm volatile("wgmma.mma_async.sync.aligned.m64n16k32.s32.s8.s8 {"
-               "%0, %1, %2, %3, %4, %5, %6, %7}, "
-               "{%8, %9, %10, %11}, %12, 1;"
-               : PVQ_D8(0)
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n16k32.s32.s8.s8 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7}, "
+      "{%8, %9, %10, %11}, %12, 1;"
+      : PVQ_D8(0)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 template <>
 __device__ __forceinline__ void multiply<32>(std::int32_t (&d)[16], const std::uint32_t (&a)[4], std::uint64_t b) {
-  asm volatile("wgmma.mma_async.sync.aligned.m64n32k32.s32.s8.s8 {"
-               "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-               "{%16, %17, %18, %19}, %20, 1;"
-               : PVQ_D8(0), PVQ_D8(8)
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n32k32.s32.s8.s8 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+      "{%16, %17, %18, %19}, %20, 1;"
+      : PVQ_D8(0), PVQ_D8(8)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 template <>
 __device__ __forceinline__ void multiply<64>(std::int32_t (&d)[32], const std::uint32_t (&a)[4], std::uint64_t b) {
-  asm volatile("wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {"
-               "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-               "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-               "{%32, %33, %34, %35}, %36, 1;"
-               : PVQ_D8(0), PVQ_D8(8), PVQ_D8(16), PVQ_D8(24)
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "{%32, %33, %34, %35}, %36, 1;"
+      : PVQ_D8(0), PVQ_D8(8), PVQ_D8(16), PVQ_D8(24)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 template <>
 __device__ __forceinline__ void multiply<128>(std::int32_t (&d)[64], const std::uint32_t (&a)[4], std::uint64_t b) {
-  asm volatile("wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {"
-               "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-               "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-               "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-               "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-               "{%64, %65, %66, %67}, %68, 1;"
-               : PVQ_D8(0), PVQ_D8(8), PVQ_D8(16), PVQ_D8(24), PVQ_D8(32), PVQ_D8(40), PVQ_D8(48), PVQ_D8(56)
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+      "{%64, %65, %66, %67}, %68, 1;"
+      : PVQ_D8(0), PVQ_D8(8), PVQ_D8(16), PVQ_D8(24), PVQ_D8(32), PVQ_D8(40), PVQ_D8(48), PVQ_D8(56)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 template <>
 __device__ __forceinline__ void multiply<256>(std::int32_t (&d)[128], const std::uint32_t (&a)[4], std::uint64_t b) {
-  asm volatile("wgmma.mma_async.sync.aligned.m64n256k32.s32.s8.s8 {"
-               "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-               "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-               "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-               "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-               "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-               "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
-               "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
-               "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
-               "{%128, %129, %130, %131}, %132, 1;"
-               : PVQ_D8(0), PVQ_D8(8), PVQ_D8(16), PVQ_D8(24), PVQ_D8(32), PVQ_D8(40), PVQ_D8(48), PVQ_D8(56),
-                 PVQ_D8(64), PVQ_D8(72), PVQ_D8(80), PVQ_D8(88), PVQ_D8(96), PVQ_D8(104), PVQ_D8(112), PVQ_D8(120)
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n256k32.s32.s8.s8 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
+      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
+      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
+      "{%128, %129, %130, %131}, %132, 1;"
+      : PVQ_D8(0), PVQ_D8(8), PVQ_D8(16), PVQ_D8(24), PVQ_D8(32), PVQ_D8(40), PVQ_D8(48), PVQ_D8(56), PVQ_D8(64), PVQ_D8(72),
+        PVQ_D8(80), PVQ_D8(88), PVQ_D8(96), PVQ_D8(104), PVQ_D8(112), PVQ_D8(120)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+__device__ __forceinline__ void multiply_shared(std::int32_t (&d)[128], std::uint64_t a, std::uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n256k32.s32.s8.s8 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
+      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
+      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
+      "%128, %129, 1;"
+      : PVQ_D8(0), PVQ_D8(8), PVQ_D8(16), PVQ_D8(24), PVQ_D8(32), PVQ_D8(40), PVQ_D8(48), PVQ_D8(56), PVQ_D8(64), PVQ_D8(72),
+        PVQ_D8(80), PVQ_D8(88), PVQ_D8(96), PVQ_D8(104), PVQ_D8(112), PVQ_D8(120)
+      : "l"(a), "l"(b));
 }
 
 #undef PVQ_D8
@@ -208,8 +241,8 @@ __device__ __forceinline__ void store_transposed(std::uint32_t address, std::uin
 }
 __device__ __forceinline__ void store_transposed(std::uint32_t address, std::uint32_t m0, std::uint32_t m1, std::uint32_t m2,
                                                  std::uint32_t m3) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(m0), "r"(m1),
-               "r"(m2), "r"(m3)
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(m0), "r"(m1), "r"(m2),
+               "r"(m3)
                : "memory");
 }
 

@@ -17,51 +17,51 @@ enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 constexpr int kMaxFactors = 4;
 
-struct Rotation {                   // format.md §5; num_factors 0: none
+struct Rotation {  // format.md §5; num_factors 0: none
   int num_factors = 0;
-  int factors[kMaxFactors] = {};    // dense orders first, a power of two only last
+  int factors[kMaxFactors] = {};  // dense orders first, a power of two only last
   std::int64_t block_width = 1;
   const std::uint32_t* signs = nullptr;  // [in_features / 32 up], bit set: -1
 };
 
-struct Tokens {                     // the input of one call
-  const void* x;                    // [num_tokens, in_features]
+struct Tokens {   // the input of one call
+  const void* x;  // [num_tokens, in_features]
   DType dtype;
   std::int64_t num_tokens, in_features;
-  int num_planes;                   // a8: 1, a16: 2
-  float scale_constant;             // c of format.md §6
+  int num_planes;        // a8: 1, a16: 2
+  float scale_constant;  // c of format.md §6
   Rotation rotation;
 };
 
-struct Activations {                // quantized (layout.h)
-  std::int8_t* data;                // [num_chunks][padded_columns][128]
-  std::int32_t* sums;               // [num_tokens * num_planes] sum of a over a column
-  float* token_scale;               // [num_tokens]
+struct Activations {   // quantized (layout.h)
+  std::int8_t* data;   // [num_chunks][padded_columns][128]
+  std::int32_t* sums;  // [num_tokens * num_planes] sum of a over a column
+  float* token_scale;  // [num_tokens]
   std::int64_t num_tokens, num_chunks, padded_columns;
   int num_planes;
   constexpr std::int64_t num_columns() const { return num_tokens * num_planes; }
 };
 
-struct Weight {                     // one segment: consecutive output rows of one codebook
+struct Weight {  // one segment: consecutive output rows of one codebook
   CodebookId codebook;
-  const std::uint8_t* data;         // layout.h
-  const float* row_scale;           // [padded_rows], 0 in padding
-  const std::uint32_t* table;       // device_table of the codebook; null for int8
+  const std::uint8_t* data;    // layout.h
+  const float* row_scale;      // [padded_rows], 0 in padding
+  const std::uint32_t* table;  // device_table of the codebook; null for int8
   std::int64_t rows, num_chunks;
 };
 
 struct Output {
-  void* y;                          // first output of the segment in token 0
-  const void* bias;                 // of the segment, [rows] of dtype, or null
+  void* y;           // first output of the segment in token 0
+  const void* bias;  // of the segment, [rows] of dtype, or null
   DType dtype;
-  std::int64_t stride;              // elements from one token to the next: out_features of the layer
+  std::int64_t stride;  // elements from one token to the next: out_features of the layer
 };
 
 // Where splits of a reduction meet. `partial` needs no initial value; `counters` are zero before and after every launch.
 struct Scratch {
   std::int32_t* partial;
   std::int64_t partial_elements;
-  std::int32_t* counters;           // [kNumCounters]
+  std::int32_t* counters;  // [kNumCounters]
 };
 constexpr int kNumCounters = 4096;
 
@@ -79,8 +79,8 @@ bool rotate_in_clusters(const Tokens& tokens, const Activations& out, cudaStream
 // Quantize and multiply in one launch: one token (both planes of it) without rotation, one segment. False for anything else.
 bool one_token(const Tokens& tokens, const Weight& weight, const Output& output, const Scratch& scratch, cudaStream_t stream);
 
-// Whether a product should start while its activations are being quantized: where its blocks leave multiprocessors to the
-// quantizer. Else some of them start late, with all their work before them.
+// Whether a product should start while its activations are being quantized. Not where the quantizer of wide tokens would keep
+// some of the product's blocks waiting for long, with all their work before them.
 bool starts_early(const Activations& a, std::int64_t blocks);
 
 // Products of quantized activations. few_columns: at most kMaxFewColumns; false if the shape does not fit.

@@ -23,13 +23,6 @@ constexpr int multiply_registers(int columns_per_tile) {
   return (threads * launched - 128 * kCopyRegisters) / (threads - 128) / 8 * 8;
 }
 
-// A ptxas for an architecture without clusters refuses the attribute.
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-#define PVQ_CLUSTER(n) __cluster_dims__(n, 1, 1)
-#else
-#define PVQ_CLUSTER(n)
-#endif
-
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // Addresses in shared memory.
@@ -39,17 +32,6 @@ static_assert(kFlags + 16 <= kSharedGains && kSharedGains % 64 == 0 && kSharedGa
 
 // Named barriers; 0 is __syncthreads.
 constexpr int kRowGroupBarrier = 1, kWarpgroupBarrier = 5;
-
-struct Ring {
-  int stage = 0;
-  std::uint32_t parity = 0;
-  __device__ __forceinline__ void advance(int stages) {
-    if (++stage == stages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
 
 // The copying warp.
 template <CodebookId kId, int kN>
@@ -81,7 +63,8 @@ struct WgmmaProducer {
     __syncwarp();
     if (mine) {
       const std::uint8_t* from = p.weight.data + ((row_group * 4 + lane % 4) * p.weight.num_chunks + chunk) * kChunkBytes;
-      const std::uint32_t to = window + s.shared_stages + stage * s.stage_bytes + s.k_groups * kN * kChunkColumns + lane * kChunkBytes;
+      const std::uint32_t to =
+          window + s.shared_stages + stage * s.stage_bytes + s.k_groups * kN * kChunkColumns + lane * kChunkBytes;
       copy_bulk(to, from, kChunkBytes, full);
     }
   }
@@ -126,7 +109,7 @@ struct WgmmaProducer {
     while (walk.next(s, piece)) {
       for (int unit = piece.begin; unit < piece.end; ++unit) {
         if (!first_lap) {
-          wait_barrier<(kCluster > 1)>(window + kEmptyBarriers + 8 * ring.stage, ring.parity ^ 1);
+          wait_barrier(window + kEmptyBarriers + 8 * ring.stage, ring.parity ^ 1);
           copy_weights(ring.stage, piece.tile, unit);
         }
         copy_activations(ring.stage, piece.tile, unit);
@@ -255,7 +238,7 @@ struct WgmmaConsumer {
       for (int i = 0; i < kSums; ++i) acc[i] = 0;
       int previous = -1;
       for (int unit = piece.begin; unit < piece.end; ++unit) {
-        wait_barrier<(kCluster > 1)>(window + kFullBarriers + 8 * ring.stage, ring.parity);
+        wait_barrier(window + kFullBarriers + 8 * ring.stage, ring.parity);
         if (unit * s.k_groups + k_group < num_chunks) {
           LaneChunk<kId> chunk;
           const char* place = packed + ring.stage * s.stage_bytes;
@@ -263,7 +246,7 @@ struct WgmmaConsumer {
           const std::uint32_t b = operand + ring.stage * s.stage_bytes;
 #pragma unroll
           for (int step = 0; step < kSteps; ++step) {
-            std::uint32_t(&a)[4] = weights[step % kBuffers];
+            std::uint32_t (&a)[4] = weights[step % kBuffers];
             wait_products<kBuffers - 1>();
             keep(a);
             if constexpr (kId == CodebookId::kInt8) {  // not before the wait: these are the registers being multiplied
@@ -300,8 +283,9 @@ struct WgmmaConsumer {
       if (k_group > 0 || first_row >= p.weight.rows) continue;
       const int rest_tile = piece.tile - s.whole_rounds * s.workers;
       if (piece.end - piece.begin < s.units && !join_workers(acc, worker, rest_tile, tile_row_group, thread)) continue;
-      const WgmmaFinish<kId, kN> finish(p, first_row, column_tile * kN, thread,
-                                        shared + kSharedArea + row_group * s.area_stride, kWarpgroupBarrier + warpgroup);
+      WgmmaFinish<kN> finish(p, first_row, column_tile * kN, thread, shared + kSharedArea + row_group * s.area_stride,
+                             kWarpgroupBarrier + warpgroup);
+      finish.load();
       finish.store(acc);
     }
   }
@@ -367,14 +351,20 @@ void launch_many_columns_wgmma(const WgmmaArguments& p, cudaStream_t stream) {
   const auto start = [&](auto columns) {
     constexpr int kN = decltype(columns)::value;
     const dim3 grid(static_cast<unsigned>(s.workers * wgmma_cluster(kN))), block(wgmma_threads(kN));
-    launch(many_columns_wgmma_kernel<kId, kN>, grid, block, static_cast<std::size_t>(s.shared_bytes), stream, p);
+    launch_overlapping(starts_early(p.a, grid.x), many_columns_wgmma_kernel<kId, kN>, grid, block,
+                       static_cast<std::size_t>(s.shared_bytes), stream, p);
   };
   switch (s.columns_per_tile) {
-    case 16: return start(std::integral_constant<int, 16>{});
-    case 32: return start(std::integral_constant<int, 32>{});
-    case 64: return start(std::integral_constant<int, 64>{});
-    case 128: return start(std::integral_constant<int, 128>{});
-    default: return start(std::integral_constant<int, 256>{});
+    case 16:
+      return start(std::integral_constant<int, 16>{});
+    case 32:
+      return start(std::integral_constant<int, 32>{});
+    case 64:
+      return start(std::integral_constant<int, 64>{});
+    case 128:
+      return start(std::integral_constant<int, 128>{});
+    default:
+      return start(std::integral_constant<int, 256>{});
   }
 }
 

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "../hadamard.h"
+#include "expand.h"
 
 namespace pvq::cuda {
 namespace {
@@ -76,7 +77,7 @@ CudaPlan::CudaPlan(std::int64_t in, const std::vector<std::pair<int, std::int64_
   scale_constant = static_cast<float>(1.0 / (levels * std::sqrt(static_cast<double>(rotation.block_width))));
 }
 
-Workspace CudaPlan::workspace(std::int64_t num_tokens) const {
+Workspace CudaPlan::workspace(std::int64_t num_tokens, bool for_prefill) const {
   constexpr std::int64_t kAlignment = 256;
   const std::int64_t columns = num_tokens * num_planes;
   Workspace w{};
@@ -88,7 +89,8 @@ Workspace CudaPlan::workspace(std::int64_t num_tokens) const {
   w.sums = w.activations + round_up(num_chunks(in_features) * w.padded_columns * kChunkColumns, kAlignment);
   w.token_scale = w.sums + round_up(columns * 4, kAlignment);
   w.partial = w.token_scale + round_up(num_tokens * 4, kAlignment);
-  w.bytes = w.partial + round_up(w.partial_elements * 4, kAlignment);
+  w.expanded = w.partial + round_up(w.partial_elements * 4, kAlignment);
+  w.bytes = w.expanded + (for_prefill ? expanded_bytes(widest, num_chunks(in_features)) : 0);
   return w;
 }
 

@@ -156,7 +156,6 @@ __device__ __forceinline__ void dense_factor(const Group& group, float* y, int n
   if constexpr (kMaxDense > 28) {
     if (order == 36) dense_pass<36>(group, y, n, run, coefficients);
     if (order == 44) dense_pass<44>(group, y, n, run, coefficients);
-    if (order == 52) dense_pass<52>(group, y, n, run, coefficients);
     if (order == 60) dense_pass<60>(group, y, n, run, coefficients);
     if (order == 68) dense_pass<68>(group, y, n, run, coefficients);
     if (order == 76) dense_pass<76>(group, y, n, run, coefficients);

@@ -62,8 +62,8 @@ void run_type(const Parameters& p, cudaStream_t stream) {
 }  // namespace
 
 bool starts_early(const Activations& a, std::int64_t blocks) {
-  const std::int64_t quantizer_blocks = a.num_tokens * (a.num_chunks * kChunkColumns >= 8192 ? 4 : 1);
-  return a.num_columns() <= 8 || blocks + quantizer_blocks <= device_properties().num_sms;
+  const bool wide = a.num_chunks * kChunkColumns >= 8192;  // quantizing takes long, in clusters of four blocks
+  return a.num_columns() <= kMaxFewColumns || !wide || blocks + 4 * a.num_tokens <= device_properties().num_sms;
 }
 
 void rotate_quantize(const Tokens& tokens, const Activations& out, cudaStream_t stream) {

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The epilogue of many_columns_wgmma.cuh.
+// The epilogue of many_columns_wgmma.cuh and prefill_wgmma.cu.
 #pragma once
 
+#include "decode.cuh"
 #include "finish.cuh"
 #include "hopper.cuh"
 #include "linear.h"
@@ -9,10 +10,13 @@
 
 namespace pvq::cuda {
 
-struct WgmmaArguments {
+struct Product {
   Activations a;
   Weight weight;
   Output output;
+};
+
+struct WgmmaArguments : Product {
   std::int32_t* partial;
   std::int32_t* counters;
   WgmmaSchedule schedule;
@@ -21,9 +25,8 @@ struct WgmmaArguments {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // From exact sums to y: 64 rows by kN columns of a warpgroup, all of whose threads come here.
-template <CodebookId kId, int kN>
+template <int kN>
 struct WgmmaFinish {
-  static constexpr int kHalfOffset = kId == CodebookId::kInt8 ? 0 : 1;
   static constexpr int kStaged = staged_columns(kN);
 
   struct __align__(8) Column {
@@ -31,17 +34,16 @@ struct WgmmaFinish {
     float token_scale;
   };
 
-  const WgmmaArguments& p;
+  const Product& p;
   int first_row, first_column, row;  // row: of this lane, and row + 8
   int thread, pair;                  // lane = 4 group + pair
   int num_columns, barrier;
-  char* staging;                     // kStaged columns of results, then
-  Column* columns;                   // kN
+  char* staging;    // kStaged columns of results, then
+  Column* columns;  // kN
   float scale[2], bias[2];
   bool has_bias;
 
-  __device__ __forceinline__ WgmmaFinish(const WgmmaArguments& p, int first_row, int first_column, int thread, char* area,
-                                         int barrier)
+  __device__ __forceinline__ WgmmaFinish(const Product& p, int first_row, int first_column, int thread, char* area, int barrier)
       : p(p),
         first_row(first_row),
         first_column(first_column),
@@ -52,19 +54,23 @@ struct WgmmaFinish {
         barrier(barrier),
         staging(area),
         columns(reinterpret_cast<Column*>(area + kStaged * kStagedColumnBytes)),
-        has_bias(p.output.bias != nullptr) {
+        has_bias(p.output.bias != nullptr) {}
+
+  // What the results need besides the sums; before store(), and not while another tile's results are in the area.
+  __device__ __forceinline__ void load() {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       scale[h] = p.weight.row_scale[row + 8 * h];
       bias[h] = has_bias && row + 8 * h < p.weight.rows ? load_bias(row + 8 * h) : 0.0f;
     }
+    const int half_offset = p.weight.codebook == CodebookId::kInt8 ? 0 : 1;
     synchronize_threads(barrier, 128);  // the area has been read
 #pragma unroll
     for (int c = thread; c < kN; c += 128) {
       const int column = first_column + c;
       Column info{0, 0.0f};
       if (column < num_columns) {
-        info.offset = kHalfOffset * p.a.sums[column];
+        info.offset = half_offset * p.a.sums[column];
         info.token_scale = p.a.token_scale[p.a.num_planes == 2 ? column / 2 : column];
       }
       columns[c] = info;
@@ -158,8 +164,7 @@ struct WgmmaFinish {
   __device__ __forceinline__ void write_out(int slice) const {
     const int left = num_columns - first_column - slice, tokens = (left < kStaged ? left : kStaged) / kPlanes;
     const int rows = p.weight.rows - first_row < 64 ? static_cast<int>(p.weight.rows - first_row) : 64;
-    std::uint16_t* y =
-        static_cast<std::uint16_t*>(p.output.y) + (first_column + slice) / kPlanes * p.output.stride + first_row;
+    std::uint16_t* y = static_cast<std::uint16_t*>(p.output.y) + (first_column + slice) / kPlanes * p.output.stride + first_row;
     const std::uint64_t alignment = reinterpret_cast<std::uint64_t>(p.output.y) | static_cast<std::uint64_t>(p.output.stride) * 2;
     if (alignment % 16 == 0 && rows == 64) {
       for (int token = thread / 8; token < tokens; token += 16)
@@ -174,11 +179,15 @@ struct WgmmaFinish {
 
   __device__ __forceinline__ void store(const std::int32_t (&acc)[kN / 2]) const {
     if (p.output.dtype == DType::kFloat32) {
-      if (p.a.num_planes == 2) store_floats<2>(acc);
-      else store_floats<1>(acc);
+      if (p.a.num_planes == 2)
+        store_floats<2>(acc);
+      else
+        store_floats<1>(acc);
     } else {
-      if (p.a.num_planes == 2) store_halves<2>(acc);
-      else store_halves<1>(acc);
+      if (p.a.num_planes == 2)
+        store_halves<2>(acc);
+      else
+        store_halves<1>(acc);
     }
   }
 };

@@ -19,7 +19,7 @@ constexpr int wgmma_cluster(int columns_per_tile) { return columns_per_tile == 2
 constexpr int wgmma_groups(int columns_per_tile) { return columns_per_tile == 256 ? 2 : 4; }
 
 constexpr int kWgmmaMaxStages = 12;
-constexpr int kPanelTiles = 8;     // column tiles that are walked together: the activations of 2048 columns stay in the L2 cache
+constexpr int kPanelTiles = 8;  // column tiles that are walked together: the activations of 2048 columns stay in the L2 cache
 constexpr int kStagedColumnBytes = 144;  // 64 results of 16 bits, and 16 bytes that spread the banks
 constexpr int kExchangeBytes = 8192;     // 16 sums of a warpgroup's threads
 
@@ -33,27 +33,31 @@ constexpr int staged_columns(int columns_per_tile) {
   return columns_per_tile >= 256 ? 64 : columns_per_tile < 32 ? columns_per_tile : 32;
 }
 
+// Which row tile and column tile. Column tiles run fastest within a panel: their weights are read together.
+constexpr void place_tile(int tile, int row_tiles, int column_tiles, int& row_tile, int& column_tile) {
+  const int panel = tile / (kPanelTiles * row_tiles), first = panel * kPanelTiles;
+  const int width = column_tiles - first < kPanelTiles ? column_tiles - first : kPanelTiles;
+  const int local = tile - first * row_tiles;
+  row_tile = local / width;
+  column_tile = first + local % width;
+}
+
 struct WgmmaSchedule {
   int columns_per_tile, k_groups;  // k_groups: 1, 2, 4 warpgroups share rows and divide the chunks of a unit
   int row_shift;                   // 1 << row_shift groups of 64 rows in a CTA
   int row_tiles, column_tiles, units;
   int workers, whole_rounds, rest_tiles, rest_workers;
   int stages, stage_bytes;
-  int area_stride;                 // bytes of a row group in the area
-  int shared_gains;                // kSharedGains: LOP3 takes it from a register, but not as a second immediate
+  int area_stride;                                 // bytes of a row group in the area
+  int shared_gains;                                // kSharedGains: LOP3 takes it from a register, but not as a second immediate
   int shared_digits, shared_stages, shared_bytes;  // two addresses; dynamic shared memory
 
   constexpr int row_groups() const { return 1 << row_shift; }
   constexpr int tile_row_groups() const { return wgmma_cluster(columns_per_tile) << row_shift; }
   constexpr int rest_units() const { return rest_tiles * units; }
 
-  // Which row tile and column tile. Column tiles run fastest within a panel: their weights are read together.
   constexpr void place(int tile, int& row_tile, int& column_tile) const {
-    const int panel = tile / (kPanelTiles * row_tiles), first = panel * kPanelTiles;
-    const int width = column_tiles - first < kPanelTiles ? column_tiles - first : kPanelTiles;
-    const int local = tile - first * row_tiles;
-    row_tile = local / width;
-    column_tile = first + local % width;
+    place_tile(tile, row_tiles, column_tiles, row_tile, column_tile);
   }
 
   // First unit of a worker's range in the rest, and the worker whose range has a unit. (Below 2^31: there are fewer rest tiles

@@ -30,7 +30,7 @@ SIZES = (  # (columns, rows, blocks)
 
 
 @pytest.mark.parametrize("mode", ["a8", "a16"])
-@pytest.mark.parametrize("columns, blocks", sorted({(c, b) for c, _, b in SIZES} | {(2304, 1), (2816, 1)}))
+@pytest.mark.parametrize("columns, blocks", sorted({(c, b) for c, _, b in SIZES} | {(272, 1), (304, 1), (2304, 1), (2816, 1), (8192, 1)}))
 def test_activations(kit, columns, blocks, mode):
     """Rotation and quantization alone: if this fails, so does all below."""
     layer = kit.build_layer([("int8", 8)], columns, mode, blocks)
@@ -70,11 +70,11 @@ def test_every_number_of_tokens(kit, columns, rows, blocks, name, mode):
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("kernel", ["few", "mma", "wgmma"])
+@pytest.mark.parametrize("kernel", ["few", "mma", "wgmma", "prefill"])
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("mode", ["a8", "a16"])
 def test_every_kernel(kit, monkeypatch, kernel, name, mode):
-    if kernel == "wgmma" and torch.cuda.get_device_capability() != (9, 0):
+    if kernel in ("wgmma", "prefill") and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("this GPU has no wgmma")
     monkeypatch.setenv("PVQ_CUDA_KERNEL", kernel)
     wrong = []
@@ -87,6 +87,17 @@ def test_every_kernel(kit, monkeypatch, kernel, name, mode):
             if difference := kit.describe_difference(*layer.both(x)):
                 wrong.append(f"{columns} columns, {rows} rows, {tokens} tokens: {difference}")
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("kernel", ["auto", "prefill"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_more_tiles_than_multiprocessors(kit, monkeypatch, kernel, dtype):
+    """A block takes several tiles, of several panels, one after another."""
+    monkeypatch.setenv("PVQ_CUDA_KERNEL", kernel)
+    for name, columns, mode, tokens in (("pvq3", 136, "a8", 2300), ("int8", 640, "a16", 1100)):
+        layer = kit.build_layer([(name, 4500)], columns, mode)
+        x = kit.random_tokens(tokens, columns, dtype)
+        assert kit.describe_difference(*layer.both(x, torch.randn(4500).to(dtype))) == ""
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 20, 100])
@@ -234,5 +245,5 @@ def test_wrong_arguments_are_named(kit, monkeypatch):
     with pytest.raises(PVQError, match="packed for the CPU"):
         ops.linear(x, moved, None, 48, layer.plan)
     monkeypatch.setenv("PVQ_CUDA_KERNEL", "fast")
-    with pytest.raises(PVQError, match="use auto, few, mma or wgmma"):
+    with pytest.raises(PVQError, match="use auto, few, mma, wgmma or prefill"):
         ops.linear(x, layer.on_gpu, None, 48, layer.plan)
