@@ -29,6 +29,7 @@ class PVQConfig(QuantizationConfig):
     def __init__(self, checkpoint: CheckpointConfig):
         super().__init__()  # sets packed_modules_mapping
         self.checkpoint = checkpoint
+        self.folder: Path | None = None  # known once vLLM has named it
 
     def __repr__(self) -> str:
         return f"PVQConfig({len(self.checkpoint.modules)} modules, {self.checkpoint.activation})"
@@ -85,6 +86,7 @@ class PVQConfig(QuantizationConfig):
         folder = Path(model_name)
         if folder.is_dir() and any(folder.glob("*.safetensors")):  # a folder without any is for dummy weights
             check_checkpoint(folder)
+            self.folder = folder
         text_config = getattr(hf_config, "text_config", None) or hf_config
         if getattr(text_config, "tie_word_embeddings", False):
             for name in self.checkpoint.modules:
@@ -128,7 +130,7 @@ class PVQConfig(QuantizationConfig):
 
         modules = self.checkpoint.modules
         if isinstance(layer, ParallelLMHead):
-            return PVQLinearMethod(self.checkpoint, [prefix]) if prefix in modules else None
+            return PVQLinearMethod(self.checkpoint, [prefix], self.folder) if prefix in modules else None
         if isinstance(layer, VocabParallelEmbedding):
             name = prefix or self._only_embedding()  # Llama, for one, gives its embedding no prefix
             return PVQEmbeddingMethod(self.checkpoint, name) if name in modules else None
@@ -143,7 +145,7 @@ class PVQConfig(QuantizationConfig):
                     f"{listed[0]} is quantized but {missing} is not, and vLLM fuses them: "
                     "quantize both, at any rates"
                 )
-            return PVQLinearMethod(self.checkpoint, names)
+            return PVQLinearMethod(self.checkpoint, names, self.folder)
         if _MIXTURE_OF_EXPERTS & {base.__name__ for base in type(layer).__mro__}:
             parent = prefix.removesuffix(".routed_experts")
             if any(name.startswith(parent + ".") for name in modules):

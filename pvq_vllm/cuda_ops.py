@@ -253,9 +253,7 @@ def linear(
     if num_tokens == 0:
         return y
     with _named_errors():
-        workspace = torch.empty(
-            layer.workspace_bytes(num_tokens, device), dtype=torch.uint8, device=x.device
-        )
+        workspace = torch.empty(layer.workspace_bytes(num_tokens, device), dtype=torch.uint8, device=x.device)
         _C.cuda.linear(
             layer,
             constants,

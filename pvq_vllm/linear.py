@@ -9,13 +9,14 @@ besides the tensors is one string, the plan, made when the weight is packed.
 """
 
 from functools import cache
+from pathlib import Path
 
 import torch
 from vllm.model_executor.layers.linear import LinearMethodBase
 
 from pvq_vllm import ops
 from pvq_vllm.codec.errors import PVQError
-from pvq_vllm.codec.format import CheckpointConfig, Codebook
+from pvq_vllm.codec.format import CheckpointConfig, Codebook, read_shard_headers
 from pvq_vllm.parameter import LayerWeights, Shard
 
 _DUMMY_GROUPS = 4096
@@ -27,12 +28,13 @@ class PVQLinearMethod(LinearMethodBase):
     Args:
         config: of the checkpoint, with the activation mode to use.
         names: the modules that the layer fuses, in the order of their rows; all listed in ``config.modules``.
+        folder: of the checkpoint, to name the file of a damaged tensor; None if there is none.
     Raises:
         PVQError: modules that cannot share one activation because their rotations differ.
     """
 
-    def __init__(self, config: CheckpointConfig, names: list[str]):
-        self.config, self.names = config, names
+    def __init__(self, config: CheckpointConfig, names: list[str], folder: Path | None = None):
+        self.config, self.names, self.folder = config, names, folder
         self.rotation_blocks = config.modules[names[0]].rotation_blocks
         for name in names:
             if config.modules[name].rotation_blocks != self.rotation_blocks:
@@ -110,13 +112,21 @@ class PVQLinearMethod(LinearMethodBase):
         try:
             packed = ops.pack_linear(codes, layer.weight_scale.detach(), layer.pvq_plan)
         except PVQError as error:
-            raise PVQError(f"{', '.join(self.names)}: {error}") from error
+            raise PVQError(f"{self._files()}{', '.join(self.names)}: {error}") from error
         del codes
         for kind in ("weight_packed", "weight_scale", "weight_levels"):
             layer.register_parameter(kind, None)
             delattr(layer, kind)
         for name, tensor in zip(("pvq_weight", "pvq_row_scale", "pvq_row_sum"), packed, strict=True):
             layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+
+    def _files(self) -> str:
+        """The shards that hold the layer's codes, as the beginning of a sentence; "" if they are not known."""
+        if self.folder is None:
+            return ""
+        tensors = read_shard_headers(self.folder)
+        names = [f"{name}.weight_packed" for name in self.names]
+        return ", ".join(sorted({str(tensors[name].shard) for name in names if name in tensors})) + ": "
 
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None

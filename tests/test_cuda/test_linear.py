@@ -28,9 +28,12 @@ SIZES = (  # (columns, rows, blocks)
     (14336, 960, 2),
 )
 
+# Every dense order that has a kernel, and a power of two that a cluster shares.
+MORE_ROTATIONS = {(272, 1), (304, 1), (2304, 1), (2816, 1), (1920, 1), (8192, 1)}
+
 
 @pytest.mark.parametrize("mode", ["a8", "a16"])
-@pytest.mark.parametrize("columns, blocks", sorted({(c, b) for c, _, b in SIZES} | {(272, 1), (304, 1), (2304, 1), (2816, 1), (8192, 1)}))
+@pytest.mark.parametrize("columns, blocks", sorted({(c, b) for c, _, b in SIZES} | MORE_ROTATIONS))
 def test_activations(kit, columns, blocks, mode):
     """Rotation and quantization alone: if this fails, so does all below."""
     layer = kit.build_layer([("int8", 8)], columns, mode, blocks)

@@ -6,6 +6,7 @@ Every expected value is a slice of the checkpoint's own tensors, written out her
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 pytest.importorskip("vllm")
 
@@ -307,6 +308,18 @@ def test_code_out_of_range_is_refused_and_the_module_named(replicated):
     tensors["weight_packed"][7, 3] = 255
     load(replicated, tensors)
     with pytest.raises(PVQError, match=r"x: .*row 7"):
+        replicated.quant_method.process_weights_after_loading(replicated)
+
+
+def test_code_out_of_range_names_the_file(replicated, tmp_path):
+    tensors = valid_tensors("pvq4", 24)
+    tensors["weight_packed"][7, 3] = 255
+    save_file({f"x.{kind}": tensor for kind, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    load(replicated, tensors)
+    replicated.quant_method.folder = tmp_path
+    with pytest.raises(
+        PVQError, match=rf"^{tmp_path}/model\.safetensors: x: .*row 7.*copy the checkpoint again"
+    ):
         replicated.quant_method.process_weights_after_loading(replicated)
 
 

@@ -72,6 +72,17 @@ def test_serve_names_a_missing_folder(run_pvq, tmp_path):
     assert done.stderr.startswith("pvq: MODEL") and len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("command", ["serve", "inspect"])
+def test_an_unknown_format_version_is_refused(run_pvq, model_folder, tmp_path, command):
+    config = json.loads((model_folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "pvq", "format_version": 99}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    done = run_pvq(command, str(tmp_path))
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("pvq: ") and "config.json" in last and "format_version" in last and "99" in last
+
+
 def test_serve_finds_a_busy_port_before_it_imports_vllm(model_folder):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
