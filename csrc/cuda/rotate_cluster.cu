@@ -5,6 +5,7 @@
 // exchange columns for the last two strides.
 #include <cooperative_groups.h>
 
+#include "hopper.cuh"
 #include "launch.h"
 #include "linear.h"
 #include "rotate.cuh"
@@ -23,7 +24,7 @@ struct Parameters {
 
 // kOrder: the dense order, or 1.
 template <DType kType, int kOrder>
-__global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads, 2)
+__global__ void PVQ_CLUSTER(kClusterSize) __launch_bounds__(kThreads, 2)
     rotate_cluster_kernel(const __grid_constant__ Parameters p) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   constexpr int kRows = kOrder == 1 ? 1 : kOrder / kClusterSize;
