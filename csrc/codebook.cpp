@@ -36,6 +36,21 @@ std::vector<std::uint32_t> shape_table(const ServingCodebook& book) {
   return table;
 }
 
+std::vector<std::uint32_t> pvq2_code_magnitudes() {
+  const ServingCodebook& book = *find_codebook(CodebookId::kPvq2);
+  const std::vector<std::uint32_t> digits = shape_table(book);
+  std::vector<std::uint32_t> words(512, 0);
+  for (unsigned code = 0; code < 256; ++code) {
+    const int shape = static_cast<int>(code & 127);
+    const Rung gain = book.gains[shape < num_compositions(kGroupSize, book.pyramids[0]) ? 0 : 1][code >> 7];
+    int m[kGroupSize];
+    unpack_digits(digits[static_cast<std::size_t>(shape)], m);
+    for (int i = 0; i < kGroupSize; ++i)
+      words[2 * code + static_cast<unsigned>(i / 4)] |= static_cast<std::uint32_t>(gain.base + gain.step * m[i]) << (8 * (i % 4));
+  }
+  return words;
+}
+
 int shape_index(const ServingCodebook& book, int pyramid, const int* m) {
   int index = 0;
   for (int p = 0; p < pyramid; ++p) index += kCompositions.count[kGroupSize][book.pyramids[p]];

@@ -87,6 +87,10 @@ constexpr const ServingCodebook* find_codebook(CodebookId id) {
   return nullptr;
 }
 
+constexpr int bytes_per_group(CodebookId id) {  // of a checkpoint's codes
+  return id == CodebookId::kInt8 ? kGroupSize : find_codebook(id)->bytes_per_group;
+}
+
 // A shape as eight 4-bit digits: byte i holds m_i in its low and m_(4+i) in its high nibble, so that one mask and one shift
 // expand a word into two words of four bytes.
 inline std::uint32_t pack_digits(const int* m) {
@@ -104,6 +108,9 @@ inline void unpack_digits(std::uint32_t word, int* m) {
 
 // All shapes of a codebook as digit words, by index: pyramids in their order, each in ascending lexicographic order.
 std::vector<std::uint32_t> shape_table(const ServingCodebook& book);
+
+// Magnitudes of all 256 codes of pvq2 (shape in bits 0-6, gain in bit 7) as bytes, [256][2] words: weights 0-3, 4-7.
+std::vector<std::uint32_t> pvq2_code_magnitudes();
 
 // Index of a point m of pyramid number `pyramid` of the codebook; the inverse of shape_table.
 int shape_index(const ServingCodebook& book, int pyramid, const int* m);

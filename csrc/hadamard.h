@@ -7,6 +7,8 @@
 
 namespace pvq {
 
+constexpr bool is_power_of_two(int n) { return n > 0 && (n & (n - 1)) == 0; }
+
 // True for 2^k, p + 1 with p prime = 3 mod 4, and 2 (p + 1) with p prime = 1 mod 4.
 bool is_hadamard_order(int order);
 

@@ -41,6 +41,16 @@ def activation_dtype(x: torch.Tensor) -> int:
     return _DTYPES[x.dtype]
 
 
+def check_call(x: torch.Tensor, out_features: int, layer) -> int:
+    """Check the input of a product against its plan (LinearPlan or CudaPlan); returns the number of its dtype."""
+    dtype = activation_dtype(x)
+    if x.shape[-1] != layer.in_features:
+        raise PVQError(f"x has {x.shape[-1]} columns; the layer has in_features {layer.in_features}.")
+    if out_features != layer.out_features:
+        raise PVQError(f"out_features is {out_features}; the plan has {layer.out_features}.")
+    return dtype
+
+
 def code_bytes(name: str) -> int:
     """Bytes of a group of eight weights."""
     return GROUP_SIZE if name == "int8" else SERVING[name].bytes_per_group

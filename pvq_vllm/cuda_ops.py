@@ -14,7 +14,14 @@ import numpy as np
 import torch
 
 from pvq_vllm import _C
-from pvq_vllm.arguments import PlanArguments, activation_dtype, codebook_name, require, view_codes
+from pvq_vllm.arguments import (
+    PlanArguments,
+    activation_dtype,
+    check_call,
+    codebook_name,
+    require,
+    view_codes,
+)
 from pvq_vllm.codec.errors import PVQError
 from pvq_vllm.codec.serving import INT8_ID
 
@@ -225,11 +232,7 @@ def linear(
         check_device(x.device.index)
     device, stream = _device_and_stream(x)
     layer, constants = _constants(plan, device)
-    dtype = activation_dtype(x)
-    if x.shape[-1] != layer.in_features:
-        raise PVQError(f"x has {x.shape[-1]} columns; the layer has in_features {layer.in_features}.")
-    if out_features != layer.out_features:
-        raise PVQError(f"out_features is {out_features}; the plan has {layer.out_features}.")
+    dtype = check_call(x, out_features, layer)
     if row_sum.numel() and weight.dtype == torch.uint8:
         raise PVQError(
             "the weight was packed for the CPU and then moved to a GPU; load the model on the GPU"

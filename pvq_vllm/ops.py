@@ -16,6 +16,7 @@ from pvq_vllm import _C, cuda_ops
 from pvq_vllm.arguments import (
     PlanArguments,
     activation_dtype,
+    check_call,
     check_scales,
     code_bytes,
     codebook_name,
@@ -158,11 +159,7 @@ def _linear_cpu(
     plan: str,
 ) -> torch.Tensor:
     layer = _plan(plan)
-    dtype = activation_dtype(x)
-    if x.shape[-1] != layer.in_features:
-        raise PVQError(f"x has {x.shape[-1]} columns; the layer has in_features {layer.in_features}.")
-    if out_features != layer.out_features:
-        raise PVQError(f"out_features is {out_features}; the plan has {layer.out_features}.")
+    dtype = check_call(x, out_features, layer)
     if (
         weight.numel() != layer.weight_bytes
         or row_scale.numel() != layer.packed_rows

@@ -24,19 +24,11 @@ std::vector<std::uint32_t> padded_digits(CodebookId id) {
   return table;
 }
 
-std::vector<std::uint32_t> build_pvq2_magnitudes() {
-  const ServingCodebook& book = *find_codebook(CodebookId::kPvq2);
-  const std::vector<std::uint32_t> digits = shape_table(book);
-  std::vector<std::uint32_t> words(512, 0);
-  for (unsigned code = 0; code < 256; ++code) {
-    const int shape = static_cast<int>(code & 127);
-    const Rung gain = book.gains[shape < num_compositions(kGroupSize, book.pyramids[0]) ? 0 : 1][code >> 7];
-    int m[kGroupSize];
-    unpack_digits(digits[static_cast<std::size_t>(shape)], m);
-    for (int i = 0; i < kGroupSize; ++i)
-      words[256 * (i / 4) + code] |= static_cast<std::uint32_t>((gain.base + gain.step * m[i]) & 255) << (8 * (i % 4));
-  }
-  return words;
+std::vector<std::uint32_t> pvq2_planes() {  // all words of weights 0-3, then of weights 4-7
+  const std::vector<std::uint32_t> pairs = pvq2_code_magnitudes();
+  std::vector<std::uint32_t> planes(pairs.size());
+  for (std::size_t i = 0; i < pairs.size(); ++i) planes[256 * (i % 2) + i / 2] = pairs[i];
+  return planes;
 }
 
 enum class Isa { kPortable, kAvx2, kAvx512, kAmx };
@@ -93,7 +85,7 @@ const std::uint32_t* digit_table(CodebookId id) {
 }
 
 const std::uint32_t* pvq2_magnitudes() {
-  static const std::vector<std::uint32_t> table = build_pvq2_magnitudes();
+  static const std::vector<std::uint32_t> table = pvq2_planes();
   return table.data();
 }
 

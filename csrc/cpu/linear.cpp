@@ -2,12 +2,12 @@
 #include "linear.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <limits>
 #include <stdexcept>
 
 #include "../hadamard.h"
+#include "../plan_checks.h"
 #include "parallel.h"
 
 namespace pvq::cpu {
@@ -274,13 +274,8 @@ class TileProduct {
 LinearPlan::LinearPlan(std::int64_t in, const std::vector<std::pair<int, std::int64_t>>& parts, int planes, std::uint64_t seed,
                        std::int64_t first_column, std::int64_t rotation_blocks, const std::vector<int>& orders)
     : in_features(in), num_planes(planes) {
-  if (in <= 0 || in % kGroupSize != 0 || in > 65536)
-    throw std::invalid_argument("in_features is " + std::to_string(in) + "; it must be a multiple of 8 up to 65536.");
-  if (planes != 1 && planes != 2) throw std::invalid_argument("num_planes must be 1 (a8) or 2 (a16).");
+  check_layer(in, parts, planes);
   for (const auto& [codebook, rows] : parts) {
-    if (codebook < 0 || codebook >= kNumCodebooks || rows <= 0)
-      throw std::invalid_argument("a segment has codebook " + std::to_string(codebook) + " and " + std::to_string(rows) +
-                                  " rows.");
     Segment segment{static_cast<CodebookId>(codebook), rows};
     segment.blocks = (rows + kLanes - 1) / kLanes;
     segment.weight_offset = weight_bytes;
@@ -292,24 +287,15 @@ LinearPlan::LinearPlan(std::int64_t in, const std::vector<std::pair<int, std::in
     segments.push_back(segment);
   }
   if (rotation_blocks > 0) {
-    if (in % rotation_blocks != 0) throw std::invalid_argument("rotation_blocks does not divide in_features.");
-    block_width = in / rotation_blocks;
-    std::int64_t product = 1;
-    for (const int order : orders) product *= order;
-    if (orders.empty() || product != block_width)
-      throw std::invalid_argument("the rotation factors do not multiply to the block width " + std::to_string(block_width) + ".");
+    block_width = rotation_block_width(in, rotation_blocks, orders);
     matrices.reserve(orders.size());
-    for (std::size_t i = 0; i < orders.size(); ++i) {
-      const bool power_of_two = (orders[i] & (orders[i] - 1)) == 0;
-      if (power_of_two && i + 1 != orders.size())
-        throw std::invalid_argument("only the last rotation factor may be a power of two.");
-      if (!power_of_two) matrices.push_back(dense_hadamard(orders[i]));
-      factors.push_back({orders[i], power_of_two ? nullptr : matrices.back().data()});
+    for (const int order : orders) {
+      if (!is_power_of_two(order)) matrices.push_back(dense_hadamard(order));
+      factors.push_back({order, is_power_of_two(order) ? nullptr : matrices.back().data()});
     }
     signs = rotation_signs(seed, first_column, in);
   }
-  const double levels = planes == 1 ? 127.0 : 32512.0;
-  scale_constant = static_cast<float>(1.0 / (levels * std::sqrt(static_cast<double>(block_width))));
+  scale_constant = activation_constant(planes, block_width);
 }
 
 void linear(const LinearPlan& plan, const LinearArgs& args) {

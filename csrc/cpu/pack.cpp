@@ -44,8 +44,6 @@ void set_bits(std::uint8_t* masks, int lane, int bits) {  // eight bits of a lan
   }
 }
 
-int bytes_per_group(CodebookId id) { return id == CodebookId::kInt8 ? 8 : find_codebook(id)->bytes_per_group; }
-
 void pack_group(CodebookId id, const std::uint8_t* bytes, int lane, std::uint8_t* out) {
   switch (id) {
     case CodebookId::kPvq2:

@@ -5,7 +5,6 @@
 #include <cstdint>
 
 #include "layout.h"
-#include "mma.cuh"
 
 namespace pvq::cuda {
 
@@ -95,9 +94,8 @@ __device__ __forceinline__ std::uint32_t word_of(const uint4& v, int i) {
 }
 __device__ __forceinline__ std::uint32_t word_of(const uint2& v, int i) { return i == 0 ? v.x : v.y; }
 
-// One chunk of one lane. load(): from global memory; copy(): the same bytes to shared memory, asynchronously; read(): from there.
-// decode(): step s (a compile-time constant after unrolling) to a[0] = row g low, a[1] = row g + 8 low, a[2] = row g high, a[3] =
-// row g + 8 high.
+// One chunk of one lane. load(): from global memory; read(): from a copy in shared memory. decode(): step s (a compile-time
+// constant after unrolling) to a[0] = row g low, a[1] = row g + 8 low, a[2] = row g high, a[3] = row g + 8 high.
 template <CodebookId kId>
 struct LaneChunk;
 
@@ -134,10 +132,6 @@ struct LaneChunk<CodebookId::kPvq4> {
     code = load_stream(reinterpret_cast<const uint4*>(chunk) + lane);
     bits = load_stream(reinterpret_cast<const uint4*>(chunk) + 32 + lane);
   }
-  __device__ __forceinline__ static void copy(char* shared, const std::uint8_t* chunk, int lane) {
-    copy_async_16(shared + 16 * lane, chunk + 16 * lane);
-    copy_async_16(shared + 512 + 16 * lane, chunk + 512 + 16 * lane);
-  }
   __device__ __forceinline__ void read(const char* chunk, int lane) {
     code = *(reinterpret_cast<const uint4*>(chunk) + lane);
     bits = *(reinterpret_cast<const uint4*>(chunk) + 32 + lane);
@@ -155,10 +149,6 @@ struct LaneChunk<CodebookId::kPvq3> {
     code = load_stream(reinterpret_cast<const uint4*>(chunk) + lane);
     bits = load_stream(reinterpret_cast<const uint2*>(chunk + 512) + lane);
   }
-  __device__ __forceinline__ static void copy(char* shared, const std::uint8_t* chunk, int lane) {
-    copy_async_16(shared + 16 * lane, chunk + 16 * lane);
-    copy_async_8(shared + 512 + 8 * lane, chunk + 512 + 8 * lane);
-  }
   __device__ __forceinline__ void read(const char* chunk, int lane) {
     code = *(reinterpret_cast<const uint4*>(chunk) + lane);
     bits = *(reinterpret_cast<const uint2*>(chunk + 512) + lane);
@@ -173,9 +163,6 @@ struct LaneChunk<CodebookId::kPvq2> {
   uint4 words;
   __device__ __forceinline__ void load(const std::uint8_t* chunk, int lane) {
     words = load_stream(reinterpret_cast<const uint4*>(chunk) + lane);
-  }
-  __device__ __forceinline__ static void copy(char* shared, const std::uint8_t* chunk, int lane) {
-    copy_async_16(shared + 16 * lane, chunk + 16 * lane);
   }
   __device__ __forceinline__ void read(const char* chunk, int lane) { words = *(reinterpret_cast<const uint4*>(chunk) + lane); }
   __device__ __forceinline__ void decode(int s, const Tables& tables, std::uint32_t (&a)[4]) const {
@@ -195,10 +182,6 @@ struct LaneChunk<CodebookId::kInt8> {
   __device__ __forceinline__ void load(const std::uint8_t* chunk, int lane) {
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) fragment[s] = load_stream(reinterpret_cast<const uint4*>(chunk) + 32 * s + lane);
-  }
-  __device__ __forceinline__ static void copy(char* shared, const std::uint8_t* chunk, int lane) {
-#pragma unroll
-    for (int s = 0; s < kSteps; ++s) copy_async_16(shared + 512 * s + 16 * lane, chunk + 512 * s + 16 * lane);
   }
   __device__ __forceinline__ void read(const char* chunk, int lane) {
 #pragma unroll

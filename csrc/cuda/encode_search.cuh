@@ -8,13 +8,7 @@
 
 #include <cstdint>
 
-#include "../codebook.h"
-
-#ifdef __CUDACC__
-#define PVQ_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define PVQ_HOST_DEVICE inline
-#endif
+#include "layout.h"
 
 namespace pvq::cuda::encoding {
 

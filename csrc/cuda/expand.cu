@@ -7,6 +7,7 @@
 #include "decode.cuh"
 #include "expand.h"
 #include "launch.h"
+#include "mma.cuh"
 
 namespace pvq::cuda {
 namespace {
@@ -14,7 +15,6 @@ namespace {
 constexpr int kThreads = 384, kWarps = kThreads / 32, kBlocks = 3;  // blocks of a multiprocessor
 constexpr int kExpandedTile = kTileRows * kChunkColumns;
 constexpr int kStages = 128, kTablesFrom = kStages + kWarps * kExpandedTile;  // bytes from the start: gains, stages, digits
-constexpr int kMaxSharedBase = 2048;                                          // where dynamic shared memory starts
 
 constexpr std::int64_t table_alignment(CodebookId id) { return std::max(table_bytes(id), 128); }
 constexpr std::int64_t shared_bytes(CodebookId id) {

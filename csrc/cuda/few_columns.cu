@@ -21,7 +21,6 @@ namespace {
 constexpr int kThreads = 768, kWarps = kThreads / 32;
 constexpr int kPrefetch = 2;  // chunks of a warp on their way
 constexpr int kMaxSplits = 8;
-constexpr int kMaxSharedBase = 2048;  // where dynamic shared memory starts: behind static variables and what the system keeps
 
 struct Parameters {
   Tokens tokens;  // fused: what to quantize

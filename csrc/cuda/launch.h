@@ -18,6 +18,9 @@ inline void check(cudaError_t status, const char* what) {
 
 constexpr int kMaxDevices = 64;
 
+// Where dynamic shared memory starts, at most: behind static variables and what the system keeps.
+constexpr int kMaxSharedBase = 2048;
+
 struct DeviceProperties {
   int num_sms = 0, max_shared_bytes = 0, capability = 0;  // capability: 10 major + minor
 };

@@ -27,6 +27,13 @@
 
 #include "../codebook.h"
 
+// A function that a kernel and a program of the host can both call.
+#ifdef __CUDACC__
+#define PVQ_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define PVQ_HOST_DEVICE inline
+#endif
+
 namespace pvq::cuda {
 
 constexpr int kTileRows = 16;

@@ -22,7 +22,6 @@ constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kMaxTiles = 16;  // of eight columns in a block
 constexpr int kMaxSplits = 32;
 constexpr int kBlockGroup = 16;       // column blocks that run side by side: their activations stay in the second-level cache
-constexpr int kMaxSharedBase = 2048;  // where dynamic shared memory starts, at most
 
 constexpr int row_tiles_of_warp(int tiles) { return tiles >= 8 ? 2 : 1; }
 constexpr int block_rows(int tiles) { return kWarps * kTileRows * row_tiles_of_warp(tiles); }

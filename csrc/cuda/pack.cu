@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ 
   if (pair >= p.num_pairs) return;
   const std::int64_t groups = p.in_features / kGroupSize, chunks = num_chunks(p.in_features), chunk = pair % chunks;
   const std::int64_t tile = p.first_row / kTileRows + pair / chunks;
-  constexpr int kWords = lane_words(kId), kBytes = code_bytes(kId);
+  constexpr int kWords = lane_words(kId), kBytes = bytes_per_group(kId);
   std::uint32_t words[kWords] = {};
   for (int h = 0; h < 2; ++h) {
     const std::int64_t row = tile * kTileRows + g + 8 * h - p.first_row;

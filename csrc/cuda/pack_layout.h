@@ -6,17 +6,8 @@
 
 #include "layout.h"
 
-#ifdef __CUDACC__
-#define PVQ_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define PVQ_HOST_DEVICE inline
-#endif
-
 namespace pvq::cuda {
 
-constexpr int code_bytes(CodebookId id) {
-  return id == CodebookId::kPvq2 ? 2 : id == CodebookId::kPvq3 ? 3 : id == CodebookId::kPvq4 ? 4 : 8;
-}
 constexpr int lane_words(CodebookId id) { return chunk_bytes(id) / 128; }  // 32-bit words of a chunk that one lane owns
 
 // Bits of eight weights, weight i in bit i, to bit `bit` - (i / 4) of byte i % 4: the leaves low and high of a group.

@@ -2,11 +2,11 @@
 #include "plan.h"
 
 #include <algorithm>
-#include <cmath>
 #include <stdexcept>
 #include <string>
 
 #include "../hadamard.h"
+#include "../plan_checks.h"
 #include "expand.h"
 
 namespace pvq::cuda {
@@ -18,20 +18,13 @@ bool has_dense_pass(int order) { return is_hadamard_order(order) && order % 8 ==
 constexpr std::int64_t kMaxSplits = 16;
 constexpr std::int64_t kMaxPartialElements = std::int64_t{1} << 23;  // 32 MiB
 
-bool is_power_of_two(int n) { return n > 0 && (n & (n - 1)) == 0; }
-
 }  // namespace
 
 CudaPlan::CudaPlan(std::int64_t in, const std::vector<std::pair<int, std::int64_t>>& parts, int planes, std::uint64_t seed,
                    std::int64_t first_column, std::int64_t rotation_blocks, const std::vector<int>& orders)
     : in_features(in), num_planes(planes) {
-  if (in <= 0 || in % kGroupSize != 0 || in > 65536)
-    throw std::invalid_argument("in_features is " + std::to_string(in) + "; it must be a multiple of 8 up to 65536.");
-  if (planes != 1 && planes != 2) throw std::invalid_argument("num_planes must be 1 (a8) or 2 (a16).");
+  check_layer(in, parts, planes);
   for (const auto& [codebook, rows] : parts) {
-    if (codebook < 0 || codebook > static_cast<int>(CodebookId::kInt8) || rows <= 0)
-      throw std::invalid_argument("a segment has codebook " + std::to_string(codebook) + " and " + std::to_string(rows) +
-                                  " rows.");
     const CodebookId id = static_cast<CodebookId>(codebook);
     if (!segments.empty() && segments.back().codebook == id) {
       segments.back().rows += rows;
@@ -48,23 +41,14 @@ CudaPlan::CudaPlan(std::int64_t in, const std::vector<std::pair<int, std::int64_
     out_features += segment.rows;
   }
   if (rotation_blocks > 0) {
-    if (in % rotation_blocks != 0) throw std::invalid_argument("rotation_blocks does not divide in_features.");
-    rotation.block_width = in / rotation_blocks;
-    std::int64_t product = 1;
-    for (const int order : orders) product *= order;
-    if (orders.empty() || product != rotation.block_width)
-      throw std::invalid_argument("the rotation factors do not multiply to the block width " +
-                                  std::to_string(rotation.block_width) + ".");
+    rotation.block_width = rotation_block_width(in, rotation_blocks, orders);
     if (orders.size() > kMaxFactors)
       throw std::invalid_argument("a rotation of " + std::to_string(orders.size()) + " factors has no kernel for GPUs; at most " +
                                   std::to_string(kMaxFactors) + " have.");
     for (std::size_t i = 0; i < orders.size(); ++i) {
-      if (is_power_of_two(orders[i])) {
-        if (i + 1 != orders.size()) throw std::invalid_argument("only the last rotation factor may be a power of two.");
-      } else if (!has_dense_pass(orders[i])) {
+      if (!is_power_of_two(orders[i]) && !has_dense_pass(orders[i]))
         throw std::invalid_argument("a rotation with a factor of order " + std::to_string(orders[i]) +
                                     " has no kernel for GPUs.");
-      }
       rotation.factors[i] = orders[i];
     }
     rotation.num_factors = static_cast<int>(orders.size());
@@ -73,8 +57,7 @@ CudaPlan::CudaPlan(std::int64_t in, const std::vector<std::pair<int, std::int64_
     for (std::size_t i = 0; i < signs.size(); ++i)
       if (signs[i] < 0) sign_bits[i / 32] |= std::uint32_t{1} << (i % 32);
   }
-  const double levels = planes == 1 ? 127.0 : 32512.0;
-  scale_constant = static_cast<float>(1.0 / (levels * std::sqrt(static_cast<double>(rotation.block_width))));
+  scale_constant = activation_constant(planes, rotation.block_width);
 }
 
 Workspace CudaPlan::workspace(std::int64_t num_tokens, bool for_prefill) const {
