@@ -22,6 +22,27 @@ from pvq_vllm.codec.rotation import Rotation, rotation_layout
 
 CANONICAL = Codebook("canonical", group_size=16, num_pulses=24, amplitude_bits=4)
 
+# Every codebook in one model: mixed rates within the fused layers, and for the heads those that may be coded.
+LINEAR_CODEBOOKS = {
+    r".*\.(q|gate)_proj": "pvq4",
+    r".*\.(k|up)_proj": "pvq3",
+    r".*\.v_proj": "int8",
+    r".*\.o_proj": "pvq2",
+    r".*\.1\..*\.down_proj": CANONICAL,
+    r".*\.down_proj": "pvq4",
+}
+HEAD_CODEBOOKS = {r"lm_head": "int8", r".*embed_tokens": "int8"}
+
+
+@pytest.fixture(scope="session")
+def linear_codebooks() -> dict:
+    return LINEAR_CODEBOOKS
+
+
+@pytest.fixture(scope="session")
+def all_codebooks() -> dict:
+    return LINEAR_CODEBOOKS | HEAD_CODEBOOKS
+
 
 def encode(weight: torch.Tensor, codebook: Codebook) -> dict[str, torch.Tensor]:
     """Code a rotated weight, float32 [rows, columns]; return the tensors of docs/format.md section 3."""

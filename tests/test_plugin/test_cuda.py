@@ -41,20 +41,10 @@ open(sys.argv[1], "w").write(json.dumps(answers))
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_model_folder, checkpoint_writer, tmp_path_factory) -> Path:
-    from pvq_vllm.codec.format import Codebook
-
-    codebooks = {
-        r".*\.(q|gate)_proj": "pvq4",
-        r".*\.(k|up)_proj": "pvq3",
-        r".*\.v_proj": "int8",
-        r".*\.o_proj": "pvq2",
-        r".*\.1\..*\.down_proj": Codebook("canonical", group_size=16, num_pulses=24, amplitude_bits=4),
-        r".*\.down_proj": "pvq4",
-        r"lm_head": "int8",
-        r".*embed_tokens": "int8",
-    }
-    return checkpoint_writer(tiny_model_folder("llama"), tmp_path_factory.mktemp("cuda") / "llama", codebooks)
+def folder(tiny_model_folder, checkpoint_writer, all_codebooks, tmp_path_factory) -> Path:
+    return checkpoint_writer(
+        tiny_model_folder("llama"), tmp_path_factory.mktemp("cuda") / "llama", all_codebooks
+    )
 
 
 def load(folder: Path, device: str, dtype: torch.dtype):

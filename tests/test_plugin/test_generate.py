@@ -23,7 +23,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import pvq_vllm.hf_quantizer  # noqa: F401  registers "pvq" with transformers
-from pvq_vllm.codec.format import Codebook
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -31,22 +30,15 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 PROMPTS = [[(7 * i + 11 * j) % 510 + 2 for i in range(20)] for j in range(3)]
 MAX_TOKENS = 12
 MARGIN = 0.05  # of the standard deviation of the logits; a wrong weight puts tokens off by 1 and more
-MIXED = {
-    r".*\.(q|gate)_proj": "pvq4",
-    r".*\.(k|up)_proj": "pvq3",
-    r".*\.v_proj": "int8",
-    r".*\.o_proj": "pvq2",
-    r".*\.1\..*\.down_proj": Codebook("canonical", group_size=16, num_pulses=24, amplitude_bits=4),
-    r".*\.down_proj": "pvq4",
-}
-HEADS = {r"lm_head": "int8", r".*embed_tokens": "int8"}
 
 
 @pytest.fixture(scope="module")
-def folders(tiny_model_folder, checkpoint_writer, tmp_path_factory) -> dict[str, Path]:
+def folders(
+    tiny_model_folder, checkpoint_writer, linear_codebooks, all_codebooks, tmp_path_factory
+) -> dict[str, Path]:
     """Return PVQ folders by name of the base model; all can run on two ranks."""
     root = tmp_path_factory.mktemp("generate")
-    mixtures = {"llama": MIXED | HEADS, "qwen2": MIXED | HEADS, "qwen3-tied": MIXED}
+    mixtures = {"llama": all_codebooks, "qwen2": all_codebooks, "qwen3-tied": linear_codebooks}
     return {
         name: checkpoint_writer(tiny_model_folder(name), root / name, mixture, splits=2)
         for name, mixture in mixtures.items()

@@ -18,16 +18,6 @@ from pvq_vllm.codec.rotation import Rotation
 from pvq_vllm.codec.serving import decode_groups
 
 IDS = torch.arange(2, 50).view(2, 24) * 7 % 512
-MIXED = {
-    r".*\.(q|gate)_proj": "pvq4",
-    r".*\.(k|up)_proj": "pvq3",
-    r".*\.v_proj": "int8",
-    r".*\.o_proj": "pvq2",
-    r".*\.1\..*\.down_proj": Codebook("canonical", group_size=16, num_pulses=24, amplitude_bits=4),
-    r".*\.down_proj": "pvq4",
-    r"lm_head": "int8",
-    r".*embed_tokens": "int8",
-}
 
 
 def decode_reference(
@@ -83,12 +73,12 @@ def reference_model(folder: Path, base: Path, dtype: torch.dtype) -> nn.Module:
 
 @pytest.mark.parametrize("name, activation", [("qwen2", "a8"), ("qwen3-tied", "a16")])
 def test_logits_equal_the_reference_bit_for_bit(
-    tiny_model_folder, checkpoint_writer, tmp_path, name, activation
+    tiny_model_folder, checkpoint_writer, all_codebooks, tmp_path, name, activation
 ):
     """All five codebooks in one model; both sides run the same attention in float32, so nothing may
     differ."""
     base = tiny_model_folder(name)
-    folder = checkpoint_writer(base, tmp_path / "pvq", MIXED, activation=activation)
+    folder = checkpoint_writer(base, tmp_path / "pvq", all_codebooks, activation=activation)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.inference_mode():
         expected = reference_model(folder, base, torch.float32)(IDS).logits
