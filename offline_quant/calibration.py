@@ -7,10 +7,8 @@ quantized, and the hidden states go on through the quantized layer, so that each
 layers before it really produce.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -30,53 +28,6 @@ def forward_dtype() -> torch.dtype:
     elsewhere.
     """
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
-
-
-def calibration_tokens(folder: Path, text_file: str | Path, sequences: int, length: int) -> torch.Tensor:
-    """Return int64 [sequences, length]: windows of the text, evenly spaced over it so that all of it is
-    represented.
-
-    Raises:
-        PVQError: the text is too short or not UTF-8, or the folder has no tokenizer.
-    """
-    ids = tokenize(folder, text_file)
-    if len(ids) < sequences * length:
-        raise PVQError(
-            f"{text_file} has {len(ids):,} tokens, fewer than {sequences} x {length}: use a longer "
-            "text, or lower "
-            "--calibration-sequences or --calibration-length"
-        )
-    spare = len(ids) - sequences * length
-    starts = [index * length + spare * index // max(1, sequences - 1) for index in range(sequences)]
-    return torch.stack([ids[start : start + length] for start in starts])
-
-
-def tokenize(folder: Path, text_file: str | Path) -> torch.Tensor:
-    """Return the token ids of the whole text, int64 [n], without special tokens.
-
-    Raises:
-        PVQError: the folder has no tokenizer that loads, or the file is not a UTF-8 text.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        text = Path(text_file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PVQError(f"{text_file} cannot be read as a UTF-8 text ({error}): name another file") from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise PVQError(
-            f"{folder} has no tokenizer that transformers can load: copy tokenizer.json into it"
-        ) from error
-    return torch.tensor(
-        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64
-    )
-
-
-def text_digest(text_file: str | Path) -> str:
-    """Return the SHA-256 of the file, for the fingerprint of a run."""
-    return hashlib.sha256(Path(text_file).read_bytes()).hexdigest()
 
 
 class LayerwiseForward:

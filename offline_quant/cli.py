@@ -50,12 +50,15 @@ def quantize(
     lm_head: Annotated[int, typer.Option(help="Bits of the head: 16, 8 or 4.")] = 8,
     embeddings: Annotated[int, typer.Option(help="Bits of the input embedding: 16 or 8.")] = 16,
     calibration: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="Text for error feedback; 'builtin' is the one that ships. Without it: rounding to nearest."
+            metavar="FILE|FOLDER|builtin|self",
+            help="Data for error feedback: a text, a dataset (.parquet, .jsonl or a folder of them, with a "
+            "column text or messages), 'builtin' (the text that ships) or 'self' (sampled from the model). "
+            "Without it: rounding to nearest.",
         ),
     ] = None,
-    calibration_sequences: Annotated[int, typer.Option(help="Sequences taken from the text.")] = 24,
+    calibration_sequences: Annotated[int, typer.Option(help="Sequences of calibration data.")] = 24,
     calibration_length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 1024,
     seed: Annotated[int, typer.Option(help="Seed of the rotation.")] = 0,
     tensor_parallel: Annotated[
@@ -78,15 +81,12 @@ def quantize(
     """Quantize a model folder into a checkpoint that vLLM serves."""
     import torch
 
-    from .evaluate import calibration_text
     from .plan import Settings, codebook_from_text, parse_override
     from .quantize_checkpoint import quantize_checkpoint
 
     if threads is not None and threads < 1:
         raise PVQError(f"--threads is {threads}, but must be at least 1")
     torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
-    if calibration is not None and str(calibration) == "builtin":
-        calibration = calibration_text()
     canonical = (group_size, num_pulses, amplitude_bits)
     if codebook == "canonical":
         if None in canonical:
@@ -110,7 +110,7 @@ def quantize(
         activation=activation,
         seed=seed,
         tensor_parallel=tensor_parallel,
-        calibration_text=None if calibration is None else str(calibration),
+        calibration=calibration,
         calibration_sequences=calibration_sequences,
         calibration_length=calibration_length,
     )

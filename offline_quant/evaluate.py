@@ -21,7 +21,8 @@ import torch
 from pvq_vllm.codec.errors import PVQError
 from pvq_vllm.codec.format import check_checkpoint, read_json
 
-from .calibration import forward_dtype, tokenize
+from .calibration import forward_dtype
+from .calibration_data import tokenize
 from .model_source import ModelSource
 
 # 97.5% quantiles of Student's t for 1 ... 30 degrees of freedom.
@@ -34,11 +35,6 @@ STUDENT_T = (
 def evaluation_text() -> Path:
     """Return the path of the evaluation text that ships with the project."""
     return Path(__file__).parent / "data" / "evaluation.txt"
-
-
-def calibration_text() -> Path:
-    """Return the path of the calibration text that ships with the project."""
-    return Path(__file__).parent / "data" / "calibration.txt"
 
 
 def mean_and_interval(samples: list[float]) -> tuple[float, list[float] | None]:

@@ -39,8 +39,8 @@ class Settings:
     """Everything that decides the bytes of the checkpoint, besides the model.
 
     ``overrides`` are (regular expression, value) pairs, searched in the module's name; the last one that
-    matches counts. ``lm_head_bits`` is 16, 8 or 4, ``embedding_bits`` 16 or 8. ``calibration_text`` is None
-    for rounding to nearest.
+    matches counts. ``lm_head_bits`` is 16, 8 or 4, ``embedding_bits`` 16 or 8. ``calibration`` is what
+    ``calibration_data.calibration_tokens`` takes: 'builtin', 'self' or a path; None rounds to nearest.
     """
 
     codebook: Codebook = CODEBOOK_OF_BITS["4"]
@@ -50,7 +50,7 @@ class Settings:
     activation: str = "a8"
     seed: int = 0
     tensor_parallel: int = 1
-    calibration_text: str | None = None
+    calibration: str | None = None
     calibration_sequences: int = 24
     calibration_length: int = 1024
     max_shard_bytes: int = 4_000_000_000
@@ -68,8 +68,11 @@ class Settings:
                 raise PVQError(f"{option} is {value}, but must be at least 1")
         if not 0 <= self.seed < 2**64:
             raise PVQError(f"--seed is {self.seed}, but must be from 0 to 2^64 - 1")
-        if self.calibration_text is not None and not os.path.isfile(self.calibration_text):
-            raise PVQError(f"--calibration {self.calibration_text}: there is no such file")
+        if self.calibration not in (None, "builtin", "self") and not os.path.exists(self.calibration):
+            raise PVQError(
+                f"--calibration {self.calibration}: there is no such file or folder; without data of your own, "
+                "use builtin or self"
+            )
 
 
 def _one_of(option: str, value, allowed: tuple) -> None:

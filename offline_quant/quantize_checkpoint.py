@@ -16,7 +16,8 @@ import torch
 from pvq_vllm.codec.format import FORMAT_VERSION, CheckpointConfig, expected_tensors
 from pvq_vllm.codec.rotation import Rotation
 
-from .calibration import LayerwiseForward, calibration_tokens, text_digest
+from .calibration import LayerwiseForward
+from .calibration_data import calibration_tokens, tokens_digest
 from .checkpoint_writer import CheckpointWriter, check_destination, tensor_bytes
 from .hessian import HessianSum, RotatedHessian
 from .model_card import model_card
@@ -175,7 +176,7 @@ class _Worker:
             stored = name if name in self.source.tensors else self.source.weight_name(name.rpartition(".")[0])
             tensors[name] = self.source.read(stored)
         report: dict = {}
-        if self.settings.calibration_text is not None and part.layer is not None:
+        if self.settings.calibration is not None and part.layer is not None:
             self._pass_layers(part.layer)
             with self._forward.loaded(part.layer) as module:
                 sums = self._forward.collect(part.layer, part.modules)
@@ -196,7 +197,7 @@ class _Worker:
         else:
             for name in part.modules:
                 total = None
-                if self.settings.calibration_text is not None and name == self.source.head_name:
+                if self.settings.calibration is not None and name == self.source.head_name:
                     self._pass_layers(len(self.source.layers))
                     total = self._forward.collect_head()
                 self._quantize(name, total, tensors, report)
@@ -246,7 +247,7 @@ class _Worker:
         if self._forward is None:
             tokens = calibration_tokens(
                 self.source.folder,
-                self.settings.calibration_text,
+                self.settings.calibration,
                 self.settings.calibration_sequences,
                 self.settings.calibration_length,
             )
@@ -283,8 +284,14 @@ def _fingerprint(source: ModelSource, settings: Settings) -> dict:
     import transformers
 
     fields = {key: str(value) for key, value in vars(settings).items()}
-    if settings.calibration_text is not None:
-        fields["calibration_text"] = text_digest(settings.calibration_text)
+    if settings.calibration is not None:
+        tokens = calibration_tokens(
+            source.folder,
+            settings.calibration,
+            settings.calibration_sequences,
+            settings.calibration_length,
+        )
+        fields["calibration"] = tokens_digest(tokens)
         fields["threads"] = str(torch.get_num_threads())  # the order of additions in the forward pass
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     return {"format_version": FORMAT_VERSION, "model": source.fingerprint(), **fields, **versions}
@@ -315,7 +322,7 @@ def _report(
         "codebook": str(settings.codebook),
         "activation": settings.activation,
         "calibration_tokens": settings.calibration_sequences * settings.calibration_length
-        if settings.calibration_text is not None
+        if settings.calibration is not None
         else 0,
         "bits_per_weight": sum(bits[name] for name in inner) / max(1, sum(sizes[name] for name in inner)),
         "bits_per_weight_with_head": sum(bits.values()) / sum(sizes.values()),

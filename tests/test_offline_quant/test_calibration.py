@@ -6,10 +6,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from offline_quant import calibration
-from offline_quant.calibration import LayerwiseForward, calibration_tokens
-from offline_quant.evaluate import calibration_text
+from offline_quant.calibration import LayerwiseForward
+from offline_quant.calibration_data import calibration_tokens
 from offline_quant.model_source import ModelSource
-from pvq_vllm.codec.errors import PVQError
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +17,7 @@ def small_batches(monkeypatch):
 
 
 def tokens_of(source: ModelSource) -> torch.Tensor:
-    return calibration_tokens(source.folder, calibration_text(), 5, 64)
+    return calibration_tokens(source.folder, "builtin", 5, 64)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
@@ -74,18 +73,3 @@ def test_only_one_layer_has_weights_at_any_time(tiny_llama):
             assert {name.split(".")[2] for name in real_parameters()} == {str(layer)}
             forward.advance(layer)
         assert real_parameters() == set()
-
-
-def test_windows_are_spread_over_the_whole_text(tiny_llama):
-    everything = calibration.tokenize(tiny_llama, calibration_text())
-    windows = calibration_tokens(tiny_llama, calibration_text(), 7, 100)
-    assert windows.shape == (7, 100)
-    assert torch.equal(windows[0], everything[:100]) and torch.equal(windows[-1], everything[-100:])
-    with pytest.raises(PVQError, match="fewer than 7000 x 1000"):
-        calibration_tokens(tiny_llama, calibration_text(), 7000, 1000)
-
-
-def test_a_text_that_is_no_text_is_refused(tiny_llama, tmp_path):
-    (tmp_path / "image.txt").write_bytes(b"\xff\xfe\x00\xd8")
-    with pytest.raises(PVQError, match=r"image\.txt cannot be read as a UTF-8 text"):
-        calibration_tokens(tiny_llama, tmp_path / "image.txt", 1, 1)

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from offline_quant import checkpoint_writer, quantize_checkpoint
-from offline_quant.evaluate import calibration_text
 from offline_quant.inspect import inspect_checkpoint
 from offline_quant.plan import Settings, codebook_from_text
 from pvq_vllm.codec.errors import PVQError
@@ -20,9 +19,7 @@ from pvq_vllm.codec.format import check_checkpoint
 
 quantize = quantize_checkpoint.quantize_checkpoint
 PLAIN = Settings()
-CALIBRATED = Settings(
-    calibration_text=str(calibration_text()), calibration_sequences=2, calibration_length=48
-)
+CALIBRATED = Settings(calibration="builtin", calibration_sequences=2, calibration_length=48)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -56,7 +56,7 @@ def base() -> Path:
 @pytest.fixture(scope="module")
 def quantized(base, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("smollm2") / "pvq4"
-    report = quantize_checkpoint(base, out, Settings(calibration_text=str(DATA / "calibration.txt")))
+    report = quantize_checkpoint(base, out, Settings(calibration="builtin"))
     assert report["bits_per_weight"] <= 4.05
     return out
 

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where calibration tokens come from: a text, or a Hugging Face dataset on disk. (From the model itself:
+``self_calibration``.)
+
+All of a source is represented: a text gives windows evenly spaced over it, a dataset documents evenly spaced
+over its rows. Nothing is drawn at random.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from pvq_vllm.codec.errors import PVQError
+
+BUILTIN = "builtin"
+TABLES = (".parquet", ".jsonl", ".arrow")
+DOCUMENTS_PER_SEQUENCE = 4  # taken at first; twice as many as long as they are too short
+
+
+def calibration_text() -> Path:
+    """Return the path of the calibration text that ships with the project."""
+    return Path(__file__).parent / "data" / "calibration.txt"
+
+
+def calibration_tokens(folder: Path, source: str | Path, sequences: int, length: int) -> torch.Tensor:
+    """Return int64 [sequences, length].
+
+    Args:
+        folder: of the model, for its tokenizer and chat template.
+        source: 'builtin', a UTF-8 text, a .parquet or .jsonl file, or a folder of such files or of
+            ``datasets.save_to_disk``. A table has a column 'text', or 'messages' for the chat template.
+    Raises:
+        PVQError: the source is too short or cannot be read, or the folder has no tokenizer.
+    """
+    path = calibration_text() if str(source) == BUILTIN else Path(source)
+    if not path.is_dir() and path.suffix not in TABLES:
+        ids = tokenize(folder, path)
+        _check_length(ids, path, sequences, length)
+        return windows(ids, sequences, length)
+    files = table_files(path)
+    total = sum(1 for file in files for _ in _rows(file))
+    tokenizer = load_tokenizer(folder)
+    wanted = min(total, DOCUMENTS_PER_SEQUENCE * sequences)
+    while True:
+        ids = _tokens_of_documents(files, total, wanted, tokenizer)
+        if len(ids) >= sequences * length or wanted == total:
+            break
+        wanted = min(total, 2 * wanted)
+    _check_length(ids, path, sequences, length)
+    return windows(ids, sequences, length)
+
+
+def windows(ids: torch.Tensor, sequences: int, length: int) -> torch.Tensor:
+    """Return [sequences, length]: windows that are evenly spaced over ``ids`` and do not overlap."""
+    spare = len(ids) - sequences * length
+    starts = [index * length + spare * index // max(1, sequences - 1) for index in range(sequences)]
+    return torch.stack([ids[start : start + length] for start in starts])
+
+
+def _check_length(ids: torch.Tensor, path: Path, sequences: int, length: int) -> None:
+    if len(ids) < sequences * length:
+        raise PVQError(
+            f"{path} has {len(ids):,} tokens, fewer than {sequences} x {length}: use more text, or lower "
+            "--calibration-sequences or --calibration-length"
+        )
+
+
+def load_tokenizer(folder: Path):
+    """Return the tokenizer of a model folder.
+
+    Raises:
+        PVQError: there is none that loads.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise PVQError(
+            f"{folder} has no tokenizer that transformers can load: copy tokenizer.json into it"
+        ) from error
+
+
+def tokenize(folder: Path, text_file: str | Path) -> torch.Tensor:
+    """Return the token ids of the whole text, int64 [n], without special tokens.
+
+    Raises:
+        PVQError: the folder has no tokenizer that loads, or the file is not a UTF-8 text.
+    """
+    try:
+        text = Path(text_file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PVQError(f"{text_file} cannot be read as a UTF-8 text ({error}): name another file") from error
+    return _encode(load_tokenizer(folder), text)
+
+
+def _encode(tokenizer, text: str) -> torch.Tensor:
+    return torch.tensor(
+        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64
+    )
+
+
+def tokens_digest(token_ids: torch.Tensor) -> str:
+    """Return the SHA-256 of the token ids and their shape, for the fingerprint of a run."""
+    content = str(list(token_ids.shape)).encode() + token_ids.numpy().tobytes()
+    return hashlib.sha256(content).hexdigest()
+
+
+# ---- tables: parquet, jsonl, and the arrow files of datasets.save_to_disk ---------------------------------
+
+
+def table_files(path: Path) -> list[Path]:
+    """Return the table itself, or the tables of a folder: those that state.json lists, or else all, by name.
+
+    Raises:
+        PVQError: there is none, or the folder is a dataset of several splits.
+    """
+    if path.is_file():
+        return [path]
+    if (path / "dataset_dict.json").exists():
+        splits = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
+        raise PVQError(f"{path} holds the splits {', '.join(splits)}: name one of these folders")
+    if (path / "state.json").exists():
+        listed = json.loads((path / "state.json").read_text(encoding="utf-8"))["_data_files"]
+        return [path / entry["filename"] for entry in listed]
+    files = sorted(file for file in path.rglob("*") if file.suffix in TABLES)
+    if not files:
+        raise PVQError(
+            f"--calibration {path}: no .parquet, .jsonl or .arrow file is in this folder: name a text, or the "
+            "folder of a dataset"
+        )
+    return files
+
+
+def _rows(file: Path) -> Iterator[str | list]:
+    """Yield each row's text, or its messages (a list of dicts); one batch of rows is in memory at a time.
+
+    Raises:
+        PVQError: the file is damaged, has neither column, or pyarrow is needed and not installed.
+    """
+    batches = _json_rows(file) if file.suffix == ".jsonl" else _arrow_rows(file)
+    for row in batches:
+        if isinstance(row.get("text"), str):
+            yield row["text"]
+        elif isinstance(row.get("messages"), list):
+            yield row["messages"]
+        else:
+            raise PVQError(
+                f"{file} has the columns {', '.join(sorted(row))} and needs 'text' (strings) or 'messages' "
+                "(lists of role and content): rename one"
+            )
+
+
+def _json_rows(file: Path) -> Iterator[dict]:
+    try:
+        with open(file, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise PVQError(f"{file}, line {number}: not a JSON object: repair the file")
+                    yield row
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise PVQError(f"{file} cannot be read as JSON lines ({error}): name another file") from error
+
+
+def _arrow_rows(file: Path) -> Iterator[dict]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise PVQError(
+            f"{file} needs the package pyarrow: pip install pyarrow, or convert it to .jsonl"
+        ) from error
+    try:
+        if file.suffix == ".parquet":
+            table = pyarrow.parquet.ParquetFile(file)
+            columns = [name for name in table.schema_arrow.names if name in ("text", "messages")]
+            for batch in table.iter_batches(256, columns=columns or None):
+                yield from batch.to_pylist()
+        else:
+            with pyarrow.memory_map(str(file)) as mapped, pyarrow.ipc.open_stream(mapped) as stream:
+                for batch in stream:
+                    yield from batch.to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise PVQError(f"{file} cannot be read ({error}): copy it again, or name another file") from error
+
+
+def _tokens_of_documents(files: list[Path], total: int, wanted: int, tokenizer) -> torch.Tensor:
+    """Return the tokens of ``wanted`` of ``total`` documents, evenly spaced, each ended by the end token."""
+    chosen = {index * total // wanted for index in range(wanted)}
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    pieces = []
+    for index, row in enumerate(row for file in files for row in _rows(file)):
+        if index not in chosen:
+            continue
+        if isinstance(row, list):
+            row = _chat(tokenizer, row)
+        pieces += [_encode(tokenizer, row), torch.tensor(end, dtype=torch.int64)]
+    return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
+
+
+def _chat(tokenizer, messages: list) -> str:
+    if tokenizer.chat_template is None:
+        raise PVQError(
+            f"{tokenizer.name_or_path} has no chat template for the column 'messages': use a column 'text'"
+        )
+    return tokenizer.apply_chat_template(messages, tokenize=False)
