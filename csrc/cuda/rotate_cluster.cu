@@ -65,6 +65,7 @@ __global__ void PVQ_CLUSTER(kClusterSize) __launch_bounds__(kThreads, 2)
     }
     group.sync();
   } else {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
     write_coefficients<kOrder>(group, rank * kRows, kRows, coefficients);
     group.sync();
     wait_for_dependencies();
@@ -84,6 +85,8 @@ __global__ void PVQ_CLUSTER(kClusterSize) __launch_bounds__(kThreads, 2)
     }
     group.sync();
     power_passes(group, y, n / kClusterSize, 1, run);
+    // The memory of another block may be written to only once that block runs.
+    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
   }
   std::uint32_t largest = 0;
 #pragma unroll 1
