@@ -23,32 +23,37 @@ BATCH_TOKENS = (
 )
 
 
-def forward_dtype() -> torch.dtype:
-    """Return bfloat16 where the processor multiplies it natively (several times as fast), float32
+def forward_dtype(device: str = "cpu") -> torch.dtype:
+    """Return bfloat16 where the processor or GPU multiplies it natively (several times as fast), float32
     elsewhere.
     """
-    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    native = device == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
 
 
 class LayerwiseForward:
     """The calibration batch on its way through the model: ``hidden`` is what the next layer gets, [batch,
-    length, hidden] each.
+    length, hidden] each. On a GPU the hidden states stay there, and the weights of one layer.
     """
 
     def __init__(
-        self, source: ModelSource, token_ids: torch.Tensor, dtype: torch.dtype | None = None
+        self,
+        source: ModelSource,
+        token_ids: torch.Tensor,
+        dtype: torch.dtype | None = None,
+        device: str = "cpu",
     ) -> None:
-        self.source = source
-        self.dtype = dtype or forward_dtype()
+        self.source, self.device = source, device
+        self.dtype = dtype or forward_dtype(device)
         self.hidden: list[torch.Tensor] = []
         # Per batch size, what the model passes to each layer besides the hidden states: masks, rotary
         # embeddings ...
         self._arguments: dict[int, list[tuple[tuple, dict]]] = {}
         batches = token_ids.split(max(1, BATCH_TOKENS // token_ids.shape[1]))
-        with self._outside_loaded(), torch.inference_mode():
+        with self._outside_loaded(), torch.no_grad():
             for batch in batches:
                 recorded: list[tuple[tuple, dict]] = []
-                first = self._run_around_layers(recorded, None, input_ids=batch)
+                first = self._run_around_layers(recorded, None, input_ids=batch.to(device))
                 self._arguments.setdefault(len(batch), recorded)
                 self.hidden.append(first)
 
@@ -85,7 +90,7 @@ class LayerwiseForward:
                     inputs.setdefault(id(x), (x, name))
                 if leader[name] == name:
                     if name not in sums:
-                        sums[name] = HessianSum(x.shape[-1])
+                        sums[name] = HessianSum(x.shape[-1], x.device)
                     sums[name].add(x)
 
             return collect_input
@@ -110,15 +115,15 @@ class LayerwiseForward:
 
     def collect_head(self) -> HessianSum:
         """Return the Hessian sum of the head's input, once the hidden states have passed all layers."""
-        total = HessianSum(self.hidden[0].shape[-1])
-        with self._outside_loaded(), torch.inference_mode():
+        total = HessianSum(self.hidden[0].shape[-1], self.device)
+        with self._outside_loaded(), torch.no_grad():
             for hidden in self.hidden:
                 total.add(self._run_around_layers([], hidden, inputs_embeds=torch.zeros_like(hidden)))
         return total
 
     def _run_layer(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         args, kwargs = self._arguments[len(hidden)][layer]
-        with torch.inference_mode():
+        with torch.no_grad():
             output = self.source.layers[layer](hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
@@ -169,15 +174,24 @@ class LayerwiseForward:
                     f"{list(tensor.shape)}, but by "
                     f"config.json it must be {list(parameter.shape)}: copy the folder again"
                 )
-            _set_parameter(module, name, tensor.to(self.dtype))
-        for name, buffer in module.named_buffers():
-            if prefix + name in self.source.tensors and not (skip and (prefix + name).startswith(skip)):
+            _set_parameter(module, name, tensor.to(self.device, self.dtype))
+        for name, buffer in list(module.named_buffers()):
+            if skip and (prefix + name).startswith(skip):
+                continue
+            if prefix + name in self.source.tensors:
                 buffer.copy_(self.source.read(prefix + name))
+            if buffer.device.type != self.device:
+                _set_buffer(module, name, buffer.to(self.device))
 
 
 def _set_parameter(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+
+
+def _set_buffer(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module.get_submodule(owner)._buffers[leaf] = tensor
 
 
 def _dematerialize(module: nn.Module) -> None:

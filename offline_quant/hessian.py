@@ -20,16 +20,21 @@ MAX_TRIES = 6  # each with ten times the damping: 0.01 ... 1000
 
 
 class HessianSum:
-    """Accumulates X^T X over batches in float32."""
+    """Accumulates X^T X over batches in float32, on the device of the activations."""
 
-    def __init__(self, in_features: int) -> None:
-        self.total = torch.zeros(in_features, in_features, dtype=torch.float32)
+    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+        self.total = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self.num_tokens = 0
 
     def add(self, x: torch.Tensor) -> None:
         """Add the activations ``x``, [..., in_features], any float dtype."""
-        x = x.reshape(-1, x.shape[-1]).float()
-        self.total.addmm_(x.T, x)
+        x = x.reshape(-1, x.shape[-1])
+        if x.is_cuda and x.dtype != torch.float32:
+            # On tensor cores, ten times as fast; products of two 16-bit floats are exact in float32.
+            self.total += torch.mm(x.T, x, out_dtype=torch.float32)
+        else:
+            x = x.float()
+            self.total.addmm_(x.T, x)
         self.num_tokens += x.shape[0]
 
     def mean(self) -> torch.Tensor:
@@ -83,7 +88,7 @@ def inverse_factor(hessian: torch.Tensor, damping: float = DAMPING) -> torch.Ten
     diagonal = work.diagonal()
     mean = diagonal.mean()
     if mean <= 0:
-        return torch.eye(width)
+        return torch.eye(width, device=hessian.device)
     diagonal[diagonal == 0] = mean
     mean = diagonal.mean().item()
     reversed_work = work.flip(0, 1)
@@ -99,5 +104,5 @@ def inverse_factor(hessian: torch.Tensor, damping: float = DAMPING) -> torch.Ten
         raise PVQError("the Hessian of the calibration text cannot be factored: use a longer text")
     del reversed_work, work
     upper = factor.flip(0, 1)  # H = upper @ upper.T
-    identity = torch.eye(width, dtype=upper.dtype)
+    identity = torch.eye(width, dtype=upper.dtype, device=upper.device)
     return torch.linalg.solve_triangular(upper, identity, upper=True).float()

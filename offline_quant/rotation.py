@@ -19,14 +19,14 @@ def rotate_rows(x: torch.Tensor, rotation: Rotation | None) -> torch.Tensor:
     """
     if rotation is None or not rotation.blocks:
         return x
-    return _apply(x * rotation.signs, rotation, transpose=False) / rotation.block_width**0.5
+    return _apply(x * rotation.signs.to(x.device), rotation, transpose=False) / rotation.block_width**0.5
 
 
 def unrotate_rows(x: torch.Tensor, rotation: Rotation | None) -> torch.Tensor:
     """Return x R, the inverse of ``rotate_rows``."""
     if rotation is None or not rotation.blocks:
         return x
-    return _apply(x, rotation, transpose=True) * (rotation.signs / rotation.block_width**0.5)
+    return _apply(x, rotation, transpose=True) * (rotation.signs.to(x.device) / rotation.block_width**0.5)
 
 
 def _apply(x: torch.Tensor, rotation: Rotation, transpose: bool) -> torch.Tensor:
@@ -35,7 +35,7 @@ def _apply(x: torch.Tensor, rotation: Rotation, transpose: bool) -> torch.Tensor
     run = rotation.block_width
     for order in _small_factors(rotation.factors):
         run //= order
-        h = torch.from_numpy(hadamard_matrix(order)).to(x.dtype)
+        h = torch.from_numpy(hadamard_matrix(order)).to(x)
         y = torch.matmul(h.T if transpose else h, y.reshape(-1, order, run))
     return y.reshape(x.shape)
 

@@ -224,18 +224,28 @@ def decode_levels(tensors: Mapping[str, torch.Tensor], codebook: Codebook, in_fe
 
 
 def dequantize_rotated(
-    tensors: Mapping[str, torch.Tensor], codebook: Codebook, in_features: int
+    tensors: Mapping[str, torch.Tensor],
+    codebook: Codebook,
+    in_features: int,
+    device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """Return (q + h/2) * row_scale, float32 [m, n], still in rotated coordinates."""
-    q = decode_levels(tensors, codebook, in_features)
-    return (q.float() + codebook.h / 2) * tensors["weight_scale"].float()[:, None]
+    """Return (q + h/2) * row_scale, float32 [m, n] on ``device``, still in rotated coordinates; ``tensors`` are
+    on the CPU.
+    """
+    q = decode_levels(tensors, codebook, in_features).to(device)
+    return (q.float() + codebook.h / 2) * tensors["weight_scale"].to(device).float()[:, None]
 
 
 def dequantize_weight(
-    tensors: Mapping[str, torch.Tensor], codebook: Codebook, in_features: int, rotation, dtype: torch.dtype
+    tensors: Mapping[str, torch.Tensor],
+    codebook: Codebook,
+    in_features: int,
+    rotation,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """Return the weight [m, n] that the stored tensors stand for, bit for bit what
-    ``quantize_weight(dequantize=True)`` returned.
+    """Return the weight [m, n] that the stored tensors (on the CPU) stand for, bit for bit what
+    ``quantize_weight(dequantize=True)`` returned on the same ``device``.
     """
     chunks = []
     others = {name: tensor for name, tensor in tensors.items() if name == "weight_levels"}
@@ -243,7 +253,6 @@ def dequantize_weight(
     for start in range(0, len(tensors["weight_scale"]), step):
         rows = slice(start, start + step)
         part = {name: tensors[name][rows] for name in ("weight_packed", "weight_scale")}
-        chunks.append(
-            unrotate_rows(dequantize_rotated({**others, **part}, codebook, in_features), rotation).to(dtype)
-        )
+        rotated = dequantize_rotated({**others, **part}, codebook, in_features, device)
+        chunks.append(unrotate_rows(rotated, rotation).to(dtype))
     return torch.cat(chunks)
