@@ -24,6 +24,7 @@ from pvq_vllm.codec.errors import PVQError
 from pvq_vllm.codec.format import Codebook
 from pvq_vllm.codec.serving import SERVING
 
+from .canonical_quantizer import quantize_with_feedback
 from .hessian import RotatedHessian
 from .rotation import rotate_rows, unrotate_rows
 
@@ -70,6 +71,7 @@ def quantize_weight(
     rotation=None,
     hessian: RotatedHessian | None = None,
     dequantize: bool = False,
+    amplitude: str = "lloyd_max",
 ) -> QuantizedWeight:
     """Quantize ``weight``; it is not modified.
 
@@ -77,9 +79,9 @@ def quantize_weight(
         weight: [out_features, in_features], any float dtype, finite.
         codebook: in_features must be a multiple of its group.
         rotation: ``codec.rotation.Rotation`` over in_features, or None for no rotation.
-        hessian: of the input and for this ``rotation``; None rounds to nearest, and so does ``canonical``
-            with it (its levels are fitted to all rows at once).
+        hessian: of the input and for this ``rotation``; None rounds to nearest.
         dequantize: also return what the codes stand for.
+        amplitude: where the levels of ``canonical`` come from, "lloyd_max" or "beta".
     Raises:
         PVQError: in_features does not fit the codebook.
     """
@@ -87,7 +89,7 @@ def quantize_weight(
     codebook.packed_shape(out_features, in_features)
     metric = None if hessian is None else hessian.hessian
     if codebook.name == "canonical":
-        return _quantize_canonical(weight, codebook, rotation, metric, dequantize)
+        return _quantize_canonical(weight, codebook, rotation, hessian, dequantize, amplitude)
     packed, scales, restored, energy = [], [], [], _Energy()
     for rows in weight.split(max(1, CHUNK_WEIGHTS // in_features)):
         rotated = rotate_rows(rows.float(), rotation)
@@ -182,22 +184,35 @@ def _fit_scale(
 
 
 def _quantize_canonical(
-    weight: torch.Tensor, codebook: Codebook, rotation, hessian: torch.Tensor | None, dequantize: bool
+    weight: torch.Tensor,
+    codebook: Codebook,
+    rotation,
+    hessian: RotatedHessian | None,
+    dequantize: bool,
+    amplitude: str,
 ) -> QuantizedWeight:
-    """All rows at once, since they share the amplitude levels."""
-    rotated = rotate_rows(weight.float(), rotation)
-    packed, levels, scale = encode_canonical(
-        rotated, codebook.group_size, codebook.num_pulses, codebook.amplitude_bits
-    )
-    tensors = {"weight_packed": packed, "weight_levels": levels, "weight_scale": scale}
+    """All rows at once, since they share the amplitude levels; the search runs on the CPU."""
+    rotated = rotate_rows(weight.float(), rotation).cpu()
+    metric = None if hessian is None else hessian.hessian.cpu()
+    if hessian is None:
+        sizes = codebook.group_size, codebook.num_pulses, codebook.amplitude_bits
+        packed, levels, scale = encode_canonical(rotated, *sizes, amplitude)
+        tensors = {"weight_packed": packed, "weight_levels": levels, "weight_scale": scale}
+    else:
+        tensors, q, scale = quantize_with_feedback(rotated, hessian.factor.cpu(), codebook, amplitude)
+        fitted = _fit_scale(rotated, q.float(), metric, scale)
+        tensors["weight_scale"] = torch.where(scale > 0, fitted, 0.0).to(torch.float16)
     approximation = dequantize_rotated(tensors, codebook, weight.shape[1])
     energy = _Energy()
-    energy.add(rotated, rotated - approximation, hessian)
+    energy.add(rotated, rotated - approximation, metric)
+    restored = None
+    if dequantize:
+        restored = unrotate_rows(approximation.to(weight.device), rotation).to(weight.dtype)
     return QuantizedWeight(
         tensors,
         energy.decibel(*energy.sums[:2]),
         None if hessian is None else energy.decibel(*energy.sums[2:]),
-        unrotate_rows(approximation, rotation).to(weight.dtype) if dequantize else None,
+        restored,
     )
 
 

@@ -34,7 +34,7 @@ def search_pulses(x: np.ndarray, num_pulses: int) -> np.ndarray:
     return pulses
 
 
-def _pack(pulses: np.ndarray, amplitudes: np.ndarray, amplitude_bits: int) -> np.ndarray:
+def pack_pulses(pulses: np.ndarray, amplitudes: np.ndarray, amplitude_bits: int) -> np.ndarray:
     """Rows of packed codes: pulses int16 [m, G, D], amplitudes uint16 [m, G] -> uint8 [m, row_bytes]."""
     rows, groups, group_size = pulses.shape
     num_pulses = int(np.abs(pulses[0, 0].astype(np.int64)).sum())
@@ -75,12 +75,50 @@ def encode_canonical(
     """
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         raise PVQError(f"weight is {weight.dtype} on {weight.device}; expected float32 on the CPU.")
-    kernels = canonical.Kernels(search_pulses, _pack)
+    kernels = canonical.Kernels(search_pulses, pack_pulses)
     encoded = canonical.encode_weight(
         weight.detach().contiguous().numpy(), group_size, num_pulses, amplitude_bits, amplitude, kernels
     )
     packed, levels, scale = (torch.from_numpy(array) for array in encoded)
     return packed, levels, scale
+
+
+def fit_levels(
+    weight: torch.Tensor,
+    group_size: int,
+    num_pulses: int,
+    amplitude_bits: int,
+    amplitude: str = "lloyd_max",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``codec.canonical.fit_levels`` on a torch tensor, for an encoder that goes group by group.
+
+    Args:
+        weight: float32 [m, n] on the CPU, as for ``encode_canonical``.
+    Returns:
+        (weight_levels float32 [2^b], row scale float32 [m] on the float16 grid, 0 for a row of zeros).
+    """
+    sizes = group_size, num_pulses, amplitude_bits
+    fitted = canonical.fit_levels(
+        weight.contiguous().numpy(), *sizes, amplitude, canonical.Kernels(search_pulses, pack_pulses)
+    )
+    return torch.from_numpy(fitted.levels), torch.from_numpy(fitted.scale).float()
+
+
+def encode_groups(
+    x: torch.Tensor, levels: torch.Tensor, scale: torch.Tensor, num_pulses: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``codec.canonical.encode_groups`` on torch tensors on the CPU: one group of every row.
+
+    Args:
+        x: float32 [m, D], finite; levels: float32 [2^b]; scale: float32 [m].
+    Returns:
+        (pulses int16 [m, D], amplitude codes uint16 [m], q int8 [m, D]).
+    """
+    arrays = canonical.encode_groups(
+        x.contiguous().numpy(), levels.numpy(), scale.double().numpy(), num_pulses, search_pulses
+    )
+    pulses, codes, q = (torch.from_numpy(array) for array in arrays)
+    return pulses, codes, q
 
 
 def decode_canonical(

@@ -37,16 +37,20 @@ from pvq_vllm.codec.pyramid import (
 )
 
 __all__ = [
+    "AMPLITUDES",
     "MAX_AMPLITUDE_BITS",
     "MAX_GROUP_SIZE",
     "MAX_PULSES",
+    "FittedLevels",
     "Kernels",
     "beta_levels",
     "check_levels",
     "check_shape",
     "codebook_size",
     "decode_weight",
+    "encode_groups",
     "encode_weight",
+    "fit_levels",
     "index_bits",
     "index_from_pulses",
     "lloyd_max_levels",
@@ -57,6 +61,7 @@ __all__ = [
     "unpack_row",
 ]
 
+AMPLITUDES = ("lloyd_max", "beta")
 TARGET_RMS = 30.0  # of a row in int8 units: rounding to integers stays 40 dB below, and 127 is 4.2 sigma
 _Q_LIMIT = 127.5  # what is less rounds to 127 or less; 127.5 itself rounds to even, 128
 # Tried where the weights of a row go beyond 127.
@@ -254,6 +259,85 @@ def _choose(
     return codes, ((best - levels[codes] * scale[:, None]) ** 2).sum(axis=1)
 
 
+class FittedLevels(NamedTuple):
+    """The amplitude levels of a matrix, and what the encoder knows of its groups once they are fitted."""
+
+    levels: np.ndarray  # float32 [2^b], as stored, in int8 units
+    scale: np.ndarray  # float64 [m], on the float16 grid; 0 for a row of zeros
+    pulses: np.ndarray  # int16 [m, G, D], the nearest direction of every group
+    groups: _Groups
+
+
+def fit_levels(
+    weight: np.ndarray,
+    group_size: int,
+    num_pulses: int,
+    amplitude_bits: int,
+    amplitude: str = "lloyd_max",
+    kernels: Kernels = REFERENCE_KERNELS,
+) -> FittedLevels:
+    """Find the levels of a matrix: the first half of ``encode_weight``, whose arguments and errors it has."""
+    if weight.ndim != 2 or weight.dtype != np.float32 or weight.shape[0] < 1:
+        raise PVQError(
+            f"weight is {weight.dtype} {list(weight.shape)}; expected float32 [out_features, in_features]."
+        )
+    rows, in_features = weight.shape
+    check_shape(in_features, group_size, num_pulses, amplitude_bits)
+    if amplitude not in AMPLITUDES:
+        raise PVQError(f"amplitude is {amplitude!r}; choose 'lloyd_max' or 'beta'.")
+    num_groups = in_features // group_size
+    x = weight.reshape(rows, num_groups, group_size)
+    pulses = kernels.search(x.reshape(-1, group_size), num_pulses).reshape(x.shape)
+    groups = _measure(x, pulses)
+
+    # The flattest point can carry every level up to `bound`, so no group is left without a code.
+    flat = _flattest(group_size, num_pulses)
+    bound = 127.0 * np.sqrt(float((flat**2).sum())) / flat.max()
+    expected = beta_levels(group_size, num_groups, amplitude_bits)
+    unit = min(TARGET_RMS * np.sqrt(in_features), bound / expected[-1])
+    scale = _half(np.sqrt((groups.best**2).sum(axis=1)) / unit)
+    levels = expected * unit
+    if amplitude == "lloyd_max" and scale.any():
+        used = scale > 0
+        levels = lloyd_max_levels(groups.best[used] / scale[used, None], amplitude_bits)
+    return FittedLevels(np.minimum(levels, bound).astype(np.float32), scale, pulses, groups)
+
+
+def _make_fit(
+    x: np.ndarray, pulses: np.ndarray, groups: _Groups, levels: np.ndarray, num_pulses: int, search: Callable
+) -> np.ndarray:
+    """Flatten the groups that no level can carry, in place; return the highest code of every group [m, G]."""
+    highest = _highest_code(levels, groups)
+    for row, group in zip(*np.nonzero(highest < 0), strict=True):
+        pulses[row, group] = _flatten(x[row, group], num_pulses, levels[0], search)
+    (changed,) = np.nonzero((highest < 0).any(axis=1))
+    if changed.size:
+        for all_rows, some in zip(groups, _measure(x[changed], pulses[changed]), strict=True):
+            all_rows[changed] = some
+        highest[changed] = _highest_code(levels, _Groups(*(field[changed] for field in groups)))
+    return highest
+
+
+def encode_groups(
+    x: np.ndarray, levels: np.ndarray, scale: np.ndarray, num_pulses: int, search: Callable = search_pulses
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Encode one group of every row for levels that are fixed.
+
+    Args:
+        x: float32 [m, D], finite.
+        levels: float32 [2^b], as ``fit_levels`` gives them for this D and K; scale: float64 [m].
+    Returns:
+        (pulses int16 [m, D], codes uint16 [m], q int8 [m, D]).
+    """
+    levels = levels.astype(np.float64)
+    pulses = search(np.ascontiguousarray(x), num_pulses)[:, None]
+    groups = _measure(x[:, None], pulses)
+    highest = _make_fit(x[:, None], pulses, groups, levels, num_pulses, search)
+    codes, _ = _choose(levels, groups.best, highest, scale)
+    q = np.rint(pulses[:, 0] * (levels[codes] / groups.norm))
+    return pulses[:, 0], codes[:, 0].astype(np.uint16), q.astype(np.int8)
+
+
 def encode_weight(
     weight: np.ndarray,
     group_size: int,
@@ -276,40 +360,12 @@ def encode_weight(
     Raises:
         PVQError: a shape or parameter out of range, weights that are not finite or too large for float16.
     """
-    if weight.ndim != 2 or weight.dtype != np.float32 or weight.shape[0] < 1:
-        raise PVQError(
-            f"weight is {weight.dtype} {list(weight.shape)}; expected float32 [out_features, in_features]."
-        )
-    rows, in_features = weight.shape
-    check_shape(in_features, group_size, num_pulses, amplitude_bits)
-    if amplitude not in ("lloyd_max", "beta"):
-        raise PVQError(f"amplitude is {amplitude!r}; choose 'lloyd_max' or 'beta'.")
-    num_groups = in_features // group_size
-    x = weight.reshape(rows, num_groups, group_size)
-    pulses = kernels.search(x.reshape(-1, group_size), num_pulses).reshape(x.shape)
-    groups = _measure(x, pulses)
-
-    # The flattest point can carry every level up to `bound`, so no group is left without a code.
-    flat = _flattest(group_size, num_pulses)
-    bound = 127.0 * np.sqrt(float((flat**2).sum())) / flat.max()
-    expected = beta_levels(group_size, num_groups, amplitude_bits)
-    unit = min(TARGET_RMS * np.sqrt(in_features), bound / expected[-1])
-    scale = _half(np.sqrt((groups.best**2).sum(axis=1)) / unit)
-    levels = expected * unit
-    if amplitude == "lloyd_max" and scale.any():
-        used = scale > 0
-        levels = lloyd_max_levels(groups.best[used] / scale[used, None], amplitude_bits)
-    stored_levels = np.minimum(levels, bound).astype(np.float32)
+    stored_levels, scale, pulses, groups = fit_levels(
+        weight, group_size, num_pulses, amplitude_bits, amplitude, kernels
+    )
+    rows = len(weight)
     levels = stored_levels.astype(np.float64)
-
-    highest = _highest_code(levels, groups)
-    for row, group in zip(*np.nonzero(highest < 0), strict=True):
-        pulses[row, group] = _flatten(x[row, group], num_pulses, levels[0], kernels.search)
-    (changed,) = np.nonzero((highest < 0).any(axis=1))
-    if changed.size:
-        for all_rows, some in zip(groups, _measure(x[changed], pulses[changed]), strict=True):
-            all_rows[changed] = some
-        highest[changed] = _highest_code(levels, _Groups(*(field[changed] for field in groups)))
+    highest = _make_fit(weight.reshape(pulses.shape), pulses, groups, levels, num_pulses, kernels.search)
 
     codes, error = _choose(levels, groups.best, highest, scale)
     power = (levels[codes] ** 2).sum(axis=1)
