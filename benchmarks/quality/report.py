@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table and the picture of a comparison."""
+
+from pathlib import Path
+
+BEGIN, END = "<!-- table: written by benchmarks/quality -->", "<!-- end of table -->"
+OURS = "PVQ (this project)"
+
+
+def pareto_front(records: list[dict], lower: str = "kl_divergence") -> list[dict]:
+    """Return the records that no other one beats in bits and in ``lower`` at once, by bits."""
+    front: list[dict] = []
+    for record in sorted(records, key=lambda r: (r["bits_per_weight"], r[lower])):
+        if not front or record[lower] < front[-1][lower]:
+            front.append(record)
+    return front
+
+
+def table(records: list[dict]) -> str:
+    """Return the table in Markdown, by bits a weight, with the Pareto front in bold."""
+    front = {record["key"] for record in pareto_front(records)}
+    lines = [
+        "| method | bits a weight | KL divergence (95%) | perplexity | top-1 agreement |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for record in sorted(records, key=lambda r: (r["bits_per_weight"], r["kl_divergence"])):
+        mark = "**" if record["key"] in front and record["bits_per_weight"] < 16 else ""
+        low, high = record["kl_divergence_ci95"]
+        lines.append(
+            f"| {mark}{record['label']}{mark} | {record['bits_per_weight']:.3f} | "
+            f"{record['kl_divergence']:.4f} ({low:.3f} to {high:.3f}) | {record['perplexity']:.2f} | "
+            f"{record['top1_agreement']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(records: list[dict], path: Path) -> None:
+    """Write the picture: KL divergence and perplexity against bits a weight, this project's points joined."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5.5), constrained_layout=True)
+    base = next((record for record in records if record["family"] == "base"), None)
+    families = sorted({record["family"] for record in records} - {"base", OURS})
+    markers = "osv^D<>pX*hP"
+    for axis, key, name in (
+        (axes[0], "kl_divergence", "KL divergence to the unquantized model"),
+        (axes[1], "perplexity", "perplexity"),
+    ):
+        for index, family in enumerate(families):
+            points = sorted((r["bits_per_weight"], r[key]) for r in records if r["family"] == family)
+            axis.plot(*zip(*points, strict=True), markers[index % len(markers)], label=family, markersize=6)
+        ours = sorted((r["bits_per_weight"], r[key]) for r in records if r["family"] == OURS)
+        if ours:
+            axis.plot(*zip(*ours, strict=True), "k-o", label=OURS, linewidth=1.5, markersize=5)
+        if base is not None and key == "perplexity":
+            axis.axhline(base["perplexity"], color="grey", linestyle=":", label="unquantized")
+        axis.set(xlabel="bits a weight in the linear layers, scales included", ylabel=name, yscale="log")
+        axis.grid(True, which="both", alpha=0.25)
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def write_report(records: list[dict], folder: Path) -> None:
+    """Write quality.png and quality.md into ``folder``; of an existing page only the table is replaced."""
+    draw(records, folder / "quality.png")
+    page = folder / "quality.md"
+    content = page.read_text() if page.exists() else f"{BEGIN}\n{END}\n"
+    before, rest = content.split(BEGIN)
+    _, after = rest.split(END)
+    page.write_text(f"{before}{BEGIN}\n\n{table(records)}\n\n{END}{after}")

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows of the comparison: what each is called and how its dense model is made."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from pvq_vllm.codec.pyramid import index_bits
+
+from .bits import group_width, mean_bits
+from .dense import checkpoint_to_dense, linear_names, write_dense
+from .peers.environments import run_job
+from .protocol import Protocol
+from .rounding import rounded_weights
+
+
+@dataclass(frozen=True)
+class Made:
+    """``folder`` is what gets evaluated; ``bits_per_weight`` is over the linear layers of the decoder."""
+
+    folder: Path
+    bits_per_weight: float
+    details: dict
+
+
+@dataclass(frozen=True)
+class Row:
+    """``family`` names the method in the picture. ``make`` gets the protocol, the folder of the peers'
+    environments and an empty folder to work in.
+    """
+
+    key: str
+    family: str
+    label: str
+    make: Callable[[Protocol, Path, Path], Made]
+
+
+def _base(protocol: Protocol, _peers: Path, _work: Path) -> Made:
+    return Made(protocol.model, 16.0, {})
+
+
+def _rounding(bits: int, group: int, rotate: bool) -> Callable[[Protocol, Path, Path], Made]:
+    def make(protocol: Protocol, _peers: Path, work: Path) -> Made:
+        replaced, sizes = {}, []
+        names = linear_names(protocol.source)
+        for name, weight, stored in rounded_weights(protocol.source, names, bits, group, rotate):
+            replaced[f"{name}.weight"] = weight
+            sizes.append((weight.numel(), stored))
+        write_dense(protocol.source, work / "dense", replaced)
+        return Made(work / "dense", mean_bits(sizes), {})
+
+    return make
+
+
+def _peer(
+    environment: str, script: str, group: int | None = None, **options
+) -> Callable[[Protocol, Path, Path], Made]:
+    """A quantizer of ``peers/``; ``group`` is the group size asked for, see ``bits.group_width``."""
+
+    def make(protocol: Protocol, peers: Path, work: Path) -> Made:
+        names = linear_names(protocol.source)
+        widths = {protocol.source.weight_shape(name)[1] for name in names}
+        if group is not None:
+            options["groups"] = {str(width): group_width(width, group) for width in widths}
+        job = {
+            "model": str(protocol.model.resolve()),
+            "calibration": str(protocol.calibration_file.resolve()),
+            "threads": torch.get_num_threads(),
+            "options": options,
+        }
+        out, answer = run_job(peers, environment, script, job, work)
+        if answer["modules"] != len(names):
+            raise RuntimeError(f"{script} quantized {answer['modules']} modules, not {len(names)}")
+        write_dense(protocol.source, work / "dense", load_file(out))
+        return Made(work / "dense", answer["bits_per_weight"], {**answer["details"], **options})
+
+    return make
+
+
+def _project(
+    *arguments: str, calibrate: bool = True, activations: bool = False
+) -> Callable[[Protocol, Path, Path], Made]:
+    """`pvq quantize` with ``arguments``; weight-only unless the checkpoint itself is to be evaluated."""
+
+    def make(protocol: Protocol, _peers: Path, work: Path) -> Made:
+        command = [
+            str(Path(sys.executable).with_name("pvq")),
+            "quantize",
+            str(protocol.model),
+            str(work / "pvq"),
+        ]
+        command += ["--lm-head", "16", *arguments]
+        if calibrate:
+            command += ["--calibration", str(protocol.calibration_text)]
+            command += ["--calibration-sequences", str(protocol.calibration_sequences)]
+            command += ["--calibration-length", str(protocol.length)]
+        result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        if result.returncode:
+            raise RuntimeError(f"{' '.join(command)}: {result.stderr.strip().splitlines()[-1]}")
+        report = _read_report(work / "pvq")
+        details = {"arguments": " ".join(arguments)}
+        if activations:
+            return Made(work / "pvq", report["bits_per_weight"], details)
+        checkpoint_to_dense(work / "pvq", work / "dense")
+        return Made(work / "dense", report["bits_per_weight"], details)
+
+    return make
+
+
+def _read_report(checkpoint: Path) -> dict:
+    import json
+
+    return json.loads((checkpoint / "report.json").read_text())
+
+
+def _canonical(group: int, bits: int, amplitude_bits: int) -> Callable[[Protocol, Path, Path], Made]:
+    """The paper's codebook with the largest K whose index has at most ``bits`` a weight; groups that divide
+    every width.
+    """
+
+    def make(protocol: Protocol, peers: Path, work: Path) -> Made:
+        arguments: list[str] = []
+        widths = sorted({protocol.source.weight_shape(name)[1] for name in linear_names(protocol.source)})
+        for width in widths:
+            size = group_width(width, group)
+            pulses = largest_pulses(size, bits)
+            if width == widths[0]:
+                arguments += [
+                    "--codebook",
+                    "canonical",
+                    "--group-size",
+                    str(size),
+                    "--num-pulses",
+                    str(pulses),
+                ]
+                arguments += ["--amplitude-bits", str(amplitude_bits)]
+            else:
+                kinds = {
+                    name.rpartition(".")[2]
+                    for name in linear_names(protocol.source)
+                    if protocol.source.weight_shape(name)[1] == width
+                }
+                for kind in sorted(kinds):
+                    arguments += ["--override", f"{kind}={size},{pulses},{amplitude_bits}"]
+        return _project(*arguments)(protocol, peers, work)
+
+    return make
+
+
+def largest_pulses(group: int, bits: float) -> int:
+    """Return the largest K for which an index of S(group, K) takes at most ``bits`` bits a weight."""
+    pulses = 1
+    while index_bits(group, pulses + 1) <= bits * group:
+        pulses += 1
+    return pulses
+
+
+def _rows() -> list[Row]:
+    rows = [Row("base", "base", "unquantized", _base)]
+    for bits in (4, 3):
+        for group in (128, 64):
+            for rotate in (False, True):
+                key = f"rtn-int{bits}-g{group}{'-rotated' if rotate else ''}"
+                label = f"round to nearest, int{bits} g{group}{', Hadamard' if rotate else ''}"
+                rows.append(Row(key, "round to nearest", label, _rounding(bits, group, rotate)))
+    rows.append(Row("nf4", "NF4", "NF4, double quantization", _peer("autoround", "bitsandbytes_job.py")))
+    for bits in (4, 3):
+        for group in (128, 64):
+            gptq = _peer(
+                "llmcompressor", "llmcompressor_job.py", group,
+                method="gptq", bits=bits, symmetric=True, observer="mse",
+            )  # fmt: skip
+            rows.append(Row(f"gptq-int{bits}-g{group}", "GPTQ", f"GPTQ int{bits} g{group}", gptq))
+    for bits in (4, 3):
+        for group in (128, 64):
+            awq = _peer(
+                "llmcompressor", "llmcompressor_job.py", group,
+                method="awq", bits=bits, symmetric=False, observer="minmax", n_grid=20,
+            )  # fmt: skip
+            rows.append(Row(f"awq-int{bits}-g{group}", "AWQ", f"AWQ int{bits} g{group}, zero points", awq))
+    for bits in (4, 3):
+        for group in (128, 64):
+            autoround = _peer(
+                "autoround", "autoround_job.py", group, bits=bits, iterations=100, sequence_length=512
+            )
+            rows.append(
+                Row(f"autoround-int{bits}-g{group}", "AutoRound", f"AutoRound int{bits} g{group}", autoround)
+            )
+    for recipe in ("Q4_K_M", "IQ4_XS", "Q3_K_M", "IQ3_M", "IQ3_XXS"):
+        for across in (False, True):
+            make = _peer("ggml", "ggml_job.py", recipe=recipe, across_rows=across)
+            suffix = ", blocks across rows" if across else ""
+            key = f"ggml-{recipe.lower()}{'-across' if across else ''}"
+            rows.append(Row(key, "llama.cpp", f"llama.cpp {recipe}{suffix}", make))
+    for group, amplitude_bits in ((16, 4), (128, 4)):
+        for bits in (4, 3):
+            label = f"canonical PVQ, D = {group}, {bits} bits and {amplitude_bits} for the amplitude"
+            make = _canonical(group, bits, amplitude_bits)
+            rows.append(Row(f"canonical-d{group}-{bits}", "canonical PVQ", label, make))
+    for bits in (4, 3):
+        make = _project("--bits", str(bits), calibrate=False)
+        rows.append(Row(f"pvq-{bits}-rounded", "PVQ, rounded", f"PVQ {bits} bits, no calibration", make))
+    for bits in ("2", "2.5", "3", "3.25", "3.5", "4", "5"):
+        arguments = ("--bits", bits) if bits in "234" else ("--target-bpw", bits)
+        rows.append(Row(f"pvq-{bits}", "PVQ (this project)", f"PVQ {bits} bits", _project(*arguments)))
+    for bits in (4, 3):
+        make = _project("--bits", str(bits), activations=True)
+        rows.append(Row(f"pvq-{bits}-a8", "PVQ, int8 activations", f"PVQ {bits} bits, a8 activations", make))
+    return rows
+
+
+ROWS = {row.key: row for row in _rows()}
