@@ -60,6 +60,14 @@ def quantize(
     ] = None,
     calibration_sequences: Annotated[int, typer.Option(help="Sequences of calibration data.")] = 24,
     calibration_length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 1024,
+    rotation: Annotated[
+        str,
+        typer.Option(
+            help="residual (folded into the weights, only down_proj's input online), online (over every "
+            "input's whole width), block:N (online, blocks of at most N) or none; auto: residual where the "
+            "model allows it, else online."
+        ),
+    ] = "online",
     seed: Annotated[int, typer.Option(help="Seed of the rotation.")] = 0,
     tensor_parallel: Annotated[
         int,
@@ -108,6 +116,7 @@ def quantize(
         lm_head_bits=lm_head,
         embedding_bits=embeddings,
         activation=activation,
+        rotation=rotation,
         seed=seed,
         tensor_parallel=tensor_parallel,
         calibration=calibration,

@@ -161,6 +161,15 @@ class ModelSource:
         """Return the tensor that holds the module's weight (the embedding's for a tied head)."""
         return f"{self.embedding_name if module == self.head_name and self.is_tied else module}.weight"
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors in the shards."""
+        return sum({(info.shard, info.offset): info.nbytes for info in self.tensors.values()}.values())
+
+    def is_rotated_offline(self, module: str) -> bool:
+        """True if the inputs of a linear module arrive rotated, so that it needs no rotation at run time."""
+        return False
+
     def read(self, name: str) -> torch.Tensor:
         """Read a tensor by name and refuse NaN and infinity.
 
@@ -180,6 +189,14 @@ class ModelSource:
                 "sound copy of it"
             )
         return tensor
+
+    def read_stored(self, name: str) -> torch.Tensor:
+        """Read a tensor that is not quantized, in the dtype in which the checkpoint stores it; the weight of a
+        tied head is the embedding's.
+        """
+        if name not in self.tensors:
+            name = self.weight_name(name.rpartition(".")[0])
+        return self.read(name).to(TORCH_DTYPES[self.tensors[name].dtype])
 
     def fingerprint(self) -> dict:
         """Return what identifies the source: per file its size and a hash of its config, header and samples

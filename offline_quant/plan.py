@@ -18,6 +18,8 @@ CODEBOOK_OF_BITS = {
     "8": Codebook("int8"),
 }
 UNQUANTIZED = "16"
+ROTATIONS = ("auto", "residual", "online", "none")  # or block:N
+SMALLEST_BLOCK = 8
 # Linears whose input is split between the ranks of tensor parallelism, by the last part of their name in
 # Hugging Face models.
 ROW_PARALLEL = (
@@ -39,8 +41,11 @@ class Settings:
     """Everything that decides the bytes of the checkpoint, besides the model.
 
     ``overrides`` are (regular expression, value) pairs, searched in the module's name; the last one that
-    matches counts. ``lm_head_bits`` is 16, 8 or 4, ``embedding_bits`` 16 or 8. ``calibration`` is what
-    ``calibration_data.calibration_tokens`` takes: 'builtin', 'self' or a path; None rounds to nearest.
+    matches counts. ``lm_head_bits`` is 16, 8 or 4, ``embedding_bits`` 16 or 8. ``rotation`` is 'residual' (folded
+    into the weights offline, the MLP's inner rotation online), 'online' (over the whole input width of every
+    linear), 'block:N' (online, in blocks of at most N), 'none', or 'auto': residual for a model that allows
+    it, else online. ``calibration`` is what ``calibration_data.calibration_tokens`` takes: 'builtin', 'self'
+    or a path; None rounds to nearest.
     """
 
     codebook: Codebook = CODEBOOK_OF_BITS["4"]
@@ -48,6 +53,7 @@ class Settings:
     lm_head_bits: int = 8
     embedding_bits: int = 16
     activation: str = "a8"
+    rotation: str = "online"
     seed: int = 0
     tensor_parallel: int = 1
     calibration: str | None = None
@@ -59,6 +65,10 @@ class Settings:
         _one_of("--lm-head", self.lm_head_bits, (16, 8, 4))
         _one_of("--embeddings", self.embedding_bits, (16, 8))
         _one_of("--activation", self.activation, ACTIVATIONS)
+        if self.max_block is None:
+            _one_of("--rotation", self.rotation, (*ROTATIONS, "block:N"))
+        elif self.max_block < SMALLEST_BLOCK:
+            raise PVQError(f"--rotation {self.rotation}: a block must have at least {SMALLEST_BLOCK} columns")
         for option, value in (
             ("--tensor-parallel", self.tensor_parallel),
             ("--calibration-sequences", self.calibration_sequences),
@@ -73,6 +83,12 @@ class Settings:
                 f"--calibration {self.calibration}: there is no such file or folder; without data of your own, "
                 "use builtin or self"
             )
+
+    @property
+    def max_block(self) -> int | None:
+        """N of the rotation block:N, None for the others."""
+        match = re.fullmatch(r"block:([0-9]{1,5})", self.rotation)
+        return int(match[1]) if match else None
 
 
 def _one_of(option: str, value, allowed: tuple) -> None:
@@ -118,7 +134,8 @@ def parse_override(text: str) -> tuple[str, str]:
 
 
 def plan_checkpoint(source: ModelSource, settings: Settings) -> CheckpointConfig:
-    """Choose codebook and rotation for every module of the model; reads no weight.
+    """Choose codebook and rotation for every module of the model; reads no weight. ``source`` is in the
+    coordinates that ``settings.rotation`` asks for (``residual_rotation.rotated_source``).
 
     Raises:
         PVQError: an override matches nothing, a shape is wrong, or an input width has no rotation or no
@@ -152,13 +169,16 @@ def plan_checkpoint(source: ModelSource, settings: Settings) -> CheckpointConfig
         splits = settings.tensor_parallel if name.rpartition(".")[2] in ROW_PARALLEL else 1
         try:
             expected_tensors(name, codebook, out_features, in_features)
-            blocks, orders = rotation_layout(in_features, splits)
+            blocks, orders = 0, []
+            if settings.rotation != "none" and not source.is_rotated_offline(name):
+                blocks, orders = rotation_layout(in_features, splits, settings.max_block)
         except PVQError as error:
             remedy = "lower --tensor-parallel, or leave" if splits > 1 else "leave"
             option = "--lm-head 16" if name == source.head_name else f"--override '{re.escape(name)}=16'"
             where = "" if name in str(error) else f"{name}: "
             raise PVQError(f"{where}{error}: {remedy} it unquantized with {option}") from error
-        factors[in_features // blocks] = list(orders)
+        if blocks:
+            factors[in_features // blocks] = list(orders)
         modules[name] = ModuleSpec(codebook, blocks)
     if settings.embedding_bits < 16:
         out_features, in_features = source.weight_shape(source.embedding_name)

@@ -23,6 +23,7 @@ from .hessian import HessianSum, RotatedHessian
 from .model_card import model_card
 from .model_source import ModelSource
 from .plan import Settings, plan_checkpoint
+from .residual_rotation import rotated_source
 from .weight_quantizer import dequantize_weight, quantize_weight
 
 # Files of the source folder that belong to the checkpoint as they are.
@@ -69,7 +70,7 @@ def quantize_checkpoint(
     out = Path(out)
     if not resume:
         check_destination(out, overwrite)
-    source = ModelSource.open(model)
+    source = rotated_source(ModelSource.open(model), settings.rotation, settings.seed)
     config = plan_checkpoint(source, settings)
     parts = plan_parts(source, config)
     weights = {name: _num_weights(source, name) for name in config.modules}
@@ -173,8 +174,7 @@ class _Worker:
         part = self.parts[index]
         tensors: dict[str, torch.Tensor] = {}
         for name in part.copied:
-            stored = name if name in self.source.tensors else self.source.weight_name(name.rpartition(".")[0])
-            tensors[name] = self.source.read(stored)
+            tensors[name] = self.source.read_stored(name)
         report: dict = {}
         if self.settings.calibration is not None and part.layer is not None:
             self._pass_layers(part.layer)
@@ -227,7 +227,7 @@ class _Worker:
 
     def _rotated_hessian(self, total: HessianSum, rotation: Rotation) -> RotatedHessian:
         """Prepare a Hessian once for linears in a row that share their input (and then their rotation)."""
-        key = (rotation.blocks, *rotation.factors)
+        key = () if rotation is None else (rotation.blocks, *rotation.factors)
         if self._prepared is None or self._prepared[0] is not total or self._prepared[1] != key:
             self._prepared = (total, key, RotatedHessian.of(total.mean(), rotation))
         return self._prepared[2]
@@ -326,7 +326,7 @@ def _report(
         else 0,
         "bits_per_weight": sum(bits[name] for name in inner) / max(1, sum(sizes[name] for name in inner)),
         "bits_per_weight_with_head": sum(bits.values()) / sum(sizes.values()),
-        "size_bytes_base": sum(info.nbytes for info in source.tensors.values()),
+        "size_bytes_base": source.num_bytes,
         "size_bytes_quantized": stored,
         "modules": modules,
     }

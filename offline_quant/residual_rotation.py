@@ -68,7 +68,10 @@ def hadamard_rotation(width: int, seed: int) -> RowRotation:
     """Return x -> x R^T with the seeded Hadamard rotation of docs/format.md §5 in as few blocks as there
     are.
     """
-    rotation = Rotation(seed, width, *rotation_layout(width))
+    try:
+        rotation = Rotation(seed, width, *rotation_layout(width))
+    except PVQError as error:
+        raise CannotFold(f"{error}: use --rotation online") from error
     return lambda x: rotate_rows(x, rotation)
 
 
@@ -134,7 +137,6 @@ class FoldedSource(ModelSource):
         return folded
 
     def is_rotated_offline(self, module: str) -> bool:
-        """True if the inputs of a linear module arrive rotated, so that it needs no rotation at run time."""
         fold = self.folds.get(f"{module}.weight")
         return fold is not None and fold.columns is not None
 
@@ -161,6 +163,23 @@ class FoldedSource(ModelSource):
             for part in _row_chunks(matrix.T):
                 part.copy_(fold.rows(part.contiguous()))
         return folded
+
+
+def rotated_source(source: ModelSource, rotation: str, seed: int) -> ModelSource:
+    """Return the model in the coordinates in which ``plan.Settings.rotation`` wants it quantized: folded for
+    "residual", and for "auto" if that is possible; otherwise ``source`` itself.
+
+    Raises:
+        CannotFold: see ``FoldedSource.of``; not for "auto".
+    """
+    if rotation not in ("auto", "residual"):
+        return source
+    try:
+        return FoldedSource.of(source, hadamard_rotation, seed, rotate_heads=True)
+    except CannotFold:
+        if rotation == "residual":
+            raise
+        return source
 
 
 def _row_chunks(matrix: torch.Tensor) -> Iterator[torch.Tensor]:

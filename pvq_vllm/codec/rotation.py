@@ -60,8 +60,10 @@ def hadamard_factors(width: int) -> list[int]:
     return [*dense, *([power] if power > 1 or not dense else [])]
 
 
-def rotation_layout(in_features: int, splits: int = 1) -> tuple[int, list[int]]:
-    """Fewest equal blocks, a multiple of `splits`, whose width has a Hadamard matrix of order 8 or more.
+def rotation_layout(
+    in_features: int, splits: int = 1, max_width: int | None = None
+) -> tuple[int, list[int]]:
+    """Fewest equal blocks, a multiple of `splits`, whose width (at most `max_width`) has a Hadamard matrix of order 8 or more.
 
     Returns:
         (rotation_blocks, factors of one block).
@@ -69,7 +71,7 @@ def rotation_layout(in_features: int, splits: int = 1) -> tuple[int, list[int]]:
         PVQError: nothing divides; names the width.
     """
     for blocks in range(splits, in_features // 8 + 1, splits):
-        if in_features % blocks == 0:
+        if in_features % blocks == 0 and (max_width is None or in_features // blocks <= max_width):
             try:
                 return blocks, hadamard_factors(in_features // blocks)
             except PVQError:
