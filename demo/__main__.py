@@ -142,7 +142,7 @@ def served(checkpoint: Path, log_path: Path, key: str) -> Iterator[str]:
 
 
 def wait_until_healthy(process: subprocess.Popen, url: str, log_path: Path) -> None:
-    """Return when /health says 200; DemoError if the server ends or takes too long."""
+    """Return when /ready says 200; DemoError if the server ends or takes too long."""
     started = time.monotonic()
     while time.monotonic() - started < START_TIMEOUT_S:
         if process.poll() is not None:
@@ -151,11 +151,11 @@ def wait_until_healthy(process: subprocess.Popen, url: str, log_path: Path) -> N
                 f"the server ended with status {process.returncode}: {' '.join(last)} (all in {log_path})"
             )
         with contextlib.suppress(urllib.error.URLError, OSError):
-            if urllib.request.urlopen(f"{url}/health", timeout=15).status == 200:
-                console.print(f"[dim]healthy at {url} after {time.monotonic() - started:.0f} s[/dim]")
+            if urllib.request.urlopen(f"{url}/ready", timeout=15).status == 200:
+                console.print(f"[dim]ready at {url} after {time.monotonic() - started:.0f} s[/dim]")
                 return
         time.sleep(0.5)
-    raise DemoError(f"the server was not healthy within {START_TIMEOUT_S} s, see {log_path}")
+    raise DemoError(f"the server was not ready within {START_TIMEOUT_S} s, see {log_path}")
 
 
 def ask(url: str, key: str) -> str:

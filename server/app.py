@@ -3,30 +3,30 @@
 lifespan would not run.
 """
 
-import hashlib
-import time
-from collections.abc import Sequence
-
 from fastapi import FastAPI
 
-from server.routes.health import health_router, ready_router
+from server.routes.health import probe_router, ready_router
 from server.routes.info import info_router
+from server.routes.models import models_router
+from server.routes.page import page_router
 from server.settings import Settings
+from server.state import ServerState
+
+_REPLACED = frozenset({"/health", "/v1/models"})
 
 
 def add_routes(app: FastAPI) -> None:
-    """Add /pvq/info, /pvq/ready and a stricter /health, which replaces the one that ``app`` may have."""
-    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) != "/health"]
-    for router in (health_router, ready_router, info_router):
+    """Add /ready, /pvq/info, /pvq/ready and the page, and replace /health and /v1/models if ``app`` has them."""
+    routes = [route for route in app.router.routes if getattr(route, "path", None) not in _REPLACED]
+    app.router.routes[:] = []
+    for router in (probe_router, ready_router, info_router, models_router, page_router):
         app.include_router(router)
+    app.router.routes.extend(routes)  # behind ours: the first that matches counts
 
 
-def add_state(app: FastAPI, settings: Settings, api_keys: Sequence[str]) -> None:
+def add_state(app: FastAPI, settings: Settings, server_state: ServerState) -> None:
     """Give the routes what they read from ``app.state``; the engine is there already, put by vLLM's
     ``init_app_state``.
-
-    Of the keys only the digests are kept.
     """
     app.state.settings = settings
-    app.state.started_at = time.monotonic()
-    app.state.api_key_digests = [hashlib.sha256(key.encode()).digest() for key in api_keys]
+    app.state.server_state = server_state

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the routes need, each named once: the engine and the API key."""
+"""What the routes need, named once: the engine."""
 
-import hashlib
-import secrets
 from typing import Annotated, Any, Protocol
 
-from fastapi import Depends, HTTPException, Request
+from fastapi import Depends, Request
 
 
 class Engine(Protocol):
@@ -29,19 +27,4 @@ def engine(request: Request) -> Engine:
     return request.app.state.engine_client
 
 
-def require_api_key(request: Request) -> None:
-    """Refuse with 401 a request without one of the server's keys as bearer token; let all pass if the server
-    has no key.
-    """
-    digests: list[bytes] = request.app.state.api_key_digests
-    if not digests:
-        return
-    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-    digest = hashlib.sha256(token.encode()).digest()
-    matches = [secrets.compare_digest(digest, known) for known in digests]
-    if scheme.lower() != "bearer" or not any(matches):
-        raise HTTPException(401, "Unauthorized", headers={"WWW-Authenticate": "Bearer"})
-
-
 EngineDep = Annotated[Engine, Depends(engine)]
-ApiKeyDep = Depends(require_api_key)

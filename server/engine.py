@@ -11,22 +11,28 @@ import argparse
 import asyncio
 import contextlib
 import importlib
+import logging
 import os
 import resource
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-import uvicorn
 import uvloop
 from pydantic import ValidationError
 
+from server import logs
+from server.admission import Limits
 from server.app import add_routes, add_state
 from server.errors import ServerError
+from server.http import Drain, LoadingServer, guard, make_server
+from server.keys import KeyStore
 from server.model import read_config
+from server.restart import WINDOW_S, end_children, exit_at_the_latest, recent, restart
 from server.settings import Settings
+from server.state import Phase, ServerState
 
 _PLACES = {  # newest first: 0.33, 0.32, 0.24
     "make_arg_parser": (
@@ -46,7 +52,13 @@ _PLACES = {  # newest first: 0.33, 0.32, 0.24
     "ReasoningParserManager": ("reasoning",),
 }
 _OPEN_FILES = 65535
-_ENGINE_CHECK_INTERVAL_S = 2.0
+_ENGINE_CHECK_INTERVAL_S = 0.2
+_FAILED_TIMEOUT_S = 2.0
+"""Seconds for clients to take their error after the engine has died."""
+
+_CLEAN_UP_TIMEOUT_S = 30.0
+
+logger = logging.getLogger("pvq.engine")
 
 
 def _from_vllm(name: str) -> Any:
@@ -77,10 +89,6 @@ def parse_arguments(model: str, settings: Settings, flags: Sequence[str]) -> arg
     args = parser.parse_args([model, *flags])
     args.model = model
     args.host, args.port = settings.host, settings.port
-    # The key must not come in by argv, where every user of the machine can read it.
-    args.api_key = (
-        [settings.api_key.get_secret_value()] if settings.api_key else getattr(args, "api_key", None)
-    )
     for name, reason in (
         ("uds", "a socket file"),
         ("headless", "an engine without a server"),
@@ -173,75 +181,120 @@ async def _engine(args: argparse.Namespace) -> AsyncIterator[Any]:
         yield client
 
 
-class _HTTPServer(uvicorn.Server):
-    """Uvicorn that leaves signals to ``_serve``: its own handlers would kill the process before the engine
-    has stopped.
+def _take_over(args: argparse.Namespace, settings: Settings) -> KeyStore:
+    """Return the keys, and take from vLLM's ``args`` what this server does itself: keys, CORS, and the bound on
+    answers that vLLM applies where a request names none.
     """
+    keys = (
+        [settings.api_key.get_secret_value()]
+        if settings.api_key
+        else list(getattr(args, "api_key", None) or ())
+    )
+    from_environment = os.environ.pop("VLLM_API_KEY", None)
+    if not keys and from_environment:
+        keys = [from_environment]
+    args.api_key = None
+    if settings.cors_origins:
+        args.allowed_origins = []
+    if settings.max_output_tokens:
+        override = dict(getattr(args, "override_generation_config", None) or {})
+        bound = min(settings.max_output_tokens, override.get("max_new_tokens", settings.max_output_tokens))
+        args.override_generation_config = {**override, "max_new_tokens": bound}
+    return KeyStore(keys, settings.api_key_file)
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
-    def stop(self) -> None:
-        """Let running requests end; called again, drop them."""
-        self.force_exit = self.should_exit
-        self.should_exit = True
+def _limits(client: Any, settings: Settings) -> Limits:
+    """Return what may be admitted to the engine behind ``client``."""
+    config = client.vllm_config
+    can_run = config.scheduler_config.max_num_seqs * config.parallel_config.data_parallel_size
+    waiting = -(-can_run // 4) if settings.max_waiting is None else settings.max_waiting
+    return Limits(
+        sequences=can_run + waiting,
+        body_bytes=settings.max_body_bytes,
+        sequences_per_key=settings.max_inflight_per_key,
+        requests_per_minute=settings.max_requests_per_minute_per_key,
+        prompt_tokens=settings.max_prompt_tokens,
+        output_tokens=settings.max_output_tokens,
+    )
 
 
-async def _stop_when_dead(server: _HTTPServer, client: Any) -> None:
+async def _watch_engine(client: Any, drain: Drain) -> None:
+    """Return when the engine has died, after the end of the server has begun."""
     while not client.errored:
         await asyncio.sleep(_ENGINE_CHECK_INTERVAL_S)
-    server.should_exit = True
+    drain.start(Phase.FAILED, _FAILED_TIMEOUT_S)
 
 
-async def _serve(args: argparse.Namespace, settings: Settings, listener: socket.socket) -> int:
-    """Serve until a signal or the death of the engine; return the exit status."""
+async def _serve(
+    args: argparse.Namespace,
+    settings: Settings,
+    keys: KeyStore,
+    state: ServerState,
+    loading: LoadingServer,
+    listener: socket.socket,
+) -> None:
+    """Serve until a signal or the death of the engine; ``state`` says which."""
     loop = asyncio.get_running_loop()
     async with _engine(args) as client:
         tasks = await client.get_supported_tasks()
         app = _from_vllm("build_app")(args, tasks, client.model_config)
         add_routes(app)
         await _from_vllm("init_app_state")(client, app.state, args, tasks)
-        add_state(app, settings, [key for key in args.api_key or [os.environ.get("VLLM_API_KEY")] if key])
-        server = app.state.server = _HTTPServer(
-            uvicorn.Config(
-                app,
-                host=args.host,
-                port=args.port,
-                log_level=args.uvicorn_log_level,
-                access_log=not getattr(args, "disable_uvicorn_access_log", False),
-                timeout_graceful_shutdown=settings.drain_timeout_s,
-                ssl_keyfile=args.ssl_keyfile,
-                ssl_certfile=args.ssl_certfile,
-                ssl_ca_certs=args.ssl_ca_certs,
-                ssl_cert_reqs=args.ssl_cert_reqs,
-            )
-        )
+        add_state(app, settings, state)
+        server = make_server(guard(app, state, settings, keys, _limits(client, settings)), settings)
+        app.state.server = _Unstoppable()
+        drain = Drain(server, state, settings.drain_timeout_s)
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, server.stop)
-        watch = loop.create_task(_stop_when_dead(server, client))
+            loop.add_signal_handler(number, drain.start)
+        loop.add_signal_handler(signal.SIGHUP, keys.reload)
+        watches = [loop.create_task(_watch_engine(client, drain)), loop.create_task(keys.watch())]
+        loading.stop()
+        state.enter(Phase.READY)
+        logger.info("ready: %s on %s:%d", args.model, settings.host, settings.port)
         try:
-            await server.serve(sockets=[listener])
+            await server.serve(sockets=[listener.dup()])
         finally:
-            watch.cancel()
-        return 1 if client.errored else 0
+            for watch in watches:
+                watch.cancel()
+            if client.errored:
+                state.enter(Phase.FAILED)
+                exit_at_the_latest(_FAILED_TIMEOUT_S + _CLEAN_UP_TIMEOUT_S, 1)
+
+
+class _Unstoppable:
+    """Stands for the server in vLLM's error handlers, which would stop it at once when the engine dies; here
+    ``Drain`` does that, after the clients have their answers.
+    """
+
+    should_exit = False
 
 
 def _interrupt(number: int, _frame: object) -> None:
     raise SystemExit(128 + number)
 
 
-def run(model: str, settings: Settings, flags: Sequence[str], listener: socket.socket) -> int:
+def run(
+    model: str,
+    settings: Settings,
+    flags: Sequence[str],
+    listener: socket.socket,
+    restarts: Sequence[float] = (),
+) -> int:
     """Serve ``model`` on ``listener`` until SIGINT or SIGTERM and return the exit status: 0, or 1 if the
     engine died.
+
+    With ``settings.on_engine_death`` "restart" it does not return after a death of the engine, but replaces the
+    process, unless ``restarts`` has too many in too short a time.
 
     Args:
         model: a Hugging Face folder, or a name that vLLM can fetch.
         flags: flags of ``vllm serve``, passed on as they are.
-        listener: bound, not yet listening; closed at the end.
+        listener: bound, not yet listening or from the process image before; closed at the end.
+        restarts: when (Unix time) the server was restarted before.
     Raises:
         ServerError: vLLM does not know the model or refuses the flags.
     """
+    logs.configure(settings.log_format)
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     signal.signal(signal.SIGTERM, _interrupt)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -249,8 +302,12 @@ def run(model: str, settings: Settings, flags: Sequence[str], listener: socket.s
         resource.RLIMIT_NOFILE,
         (most if most != resource.RLIM_INFINITY and most < _OPEN_FILES else _OPEN_FILES, most),
     )
+    state = ServerState()
     with listener:
+        loading = LoadingServer(settings, state, listener)
+        loading.start()
         args = parse_arguments(model, settings, flags)
+        keys = _take_over(args, settings)
         check_architecture(model)
         set_cpu_defaults(settings)
         for plugin, manager, method in (
@@ -260,7 +317,16 @@ def run(model: str, settings: Settings, flags: Sequence[str], listener: socket.s
             if getattr(args, plugin, None):
                 getattr(_from_vllm(manager), method)(getattr(args, plugin))
         try:
-            return uvloop.run(_serve(args, settings, listener))
+            uvloop.run(_serve(args, settings, keys, state, loading, listener))
         except KeyboardInterrupt:
             print("pvq: stopped while the model was loading", file=sys.stderr)
             return 130
+        if state.phase is not Phase.FAILED:
+            return 0
+        logger.error("the engine died")
+        end_children()
+        if settings.on_engine_death == "restart":
+            if len(recent(restarts)) < settings.max_restarts:
+                restart(listener, restarts)
+            logger.error("%d restarts within %g s: giving up", len(recent(restarts)), WINDOW_S)
+        return 1

@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Health: true only when the engine can answer.
+"""/health: the process is alive. /ready: the engine can answer.
 
 vLLM's own /health looks at a flag that is set after the engine's process has died; an engine that hangs,
-sleeps or is paused passes. Here the engine's process itself has to answer within ``health_timeout_s``. It
-answers between two steps of generation, so a busy engine is healthy as long as a step takes less than that.
+sleeps or is paused passes. For /ready the engine's process itself has to answer within ``health_timeout_s``. It
+answers between two steps of generation, so a busy engine is ready as long as a step takes less than that.
+
+These routes answer while the server takes requests; ``server.gate`` answers in their place while it does not.
 """
 
 import asyncio
 
 from fastapi import APIRouter, Request, Response
 
-from server.dependencies import ApiKeyDep, Engine, EngineDep
+from server.dependencies import Engine, EngineDep
 from server.schemas import Readiness
 
-health_router = APIRouter()
-ready_router = APIRouter(prefix="/pvq", dependencies=[ApiKeyDep], tags=["pvq"])
+probe_router = APIRouter(tags=["probes"])
+ready_router = APIRouter(prefix="/pvq", tags=["pvq"])
 
 
 async def _ask(engine: Engine) -> Readiness:
@@ -36,18 +38,16 @@ async def readiness(engine: Engine, timeout_s: float) -> Readiness:
         return Readiness(ready=False, reason=f"the engine failed: {type(error).__name__}")
 
 
-@health_router.get(
-    "/health", response_class=Response, responses={503: {"description": "the engine cannot answer"}}
-)
-async def health(request: Request, engine: EngineDep) -> Response:
-    """200 if the engine can answer, else 503; without a body and open to all, for load balancers."""
-    state = await readiness(engine, request.app.state.settings.health_timeout_s)
-    return Response(status_code=200 if state.ready else 503)
+@probe_router.get("/health", response_class=Response)
+async def health() -> Response:
+    """200 while the process is alive; says nothing about the engine."""
+    return Response(status_code=200)
 
 
+@probe_router.get("/ready", response_model=Readiness, responses={503: {"model": Readiness}})
 @ready_router.get("/ready", response_model=Readiness, responses={503: {"model": Readiness}})
 async def ready(request: Request, response: Response, engine: EngineDep) -> Readiness:
-    """The same as /health, with the reason."""
+    """200 if the engine answers and takes requests, else 503 with the reason."""
     state = await readiness(engine, request.app.state.settings.health_timeout_s)
     response.status_code = 200 if state.ready else 503
     return state

@@ -13,8 +13,14 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
+from server.admission import Limits
 from server.app import add_routes, add_state
+from server.http import guard
+from server.keys import KeyStore
 from server.settings import Settings
+from server.state import Phase, ServerState
+
+LIMITS = Limits(sequences=8, body_bytes=100_000)
 
 
 class FakeEngine:
@@ -45,6 +51,16 @@ class FakeEngine:
         return self.paused
 
 
+class FakeModels:
+    """Stands for vLLM's list of models."""
+
+    base_model_paths = (SimpleNamespace(name="demo"),)
+
+    async def show_available_models(self) -> SimpleNamespace:
+        card = {"id": "demo", "object": "model", "owned_by": "vllm", "max_model_len": 512}
+        return SimpleNamespace(model_dump=lambda: {"object": "list", "data": [dict(card)]})
+
+
 @pytest.fixture
 def model_folder(tmp_path) -> Path:
     """Return a folder with a config.json that names a quantization with a long table, and one weight file of
@@ -68,19 +84,30 @@ def fake_engine(model_folder) -> FakeEngine:
 
 
 @pytest.fixture
-def app_client(fake_engine):
-    """Return a function: list of keys -> client of an app that had a /health of its own before the routes
-    were added.
+def server_state() -> ServerState:
+    """Return the state of a server that is ready."""
+    state = ServerState()
+    state.enter(Phase.READY)
+    return state
+
+
+@pytest.fixture
+def app_client(fake_engine, server_state):
+    """Return a function: list of keys -> client of a guarded app that had a /health and a /v1/models of its own
+    before the routes were added, and has a /tokenize.
     """
 
-    def make(keys: list[str]) -> TestClient:
+    def make(keys: list[str], limits: Limits = LIMITS, **settings: object) -> TestClient:
         app = FastAPI()
         app.get("/health")(lambda: "the old one")
+        app.get("/v1/models")(lambda: "the old one")
+        app.post("/tokenize")(lambda body: {"count": 1})
         add_routes(app)
         app.state.engine_client = fake_engine
-        app.state.openai_serving_models = SimpleNamespace(base_model_paths=[SimpleNamespace(name="demo")])
-        add_state(app, Settings(health_timeout_s=0.2), keys)
-        return TestClient(app)
+        app.state.openai_serving_models = FakeModels()
+        chosen = Settings(health_timeout_s=0.2, **settings)
+        add_state(app, chosen, server_state)
+        return TestClient(guard(app, server_state, chosen, KeyStore(keys), limits))
 
     return make
 

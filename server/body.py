@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads a request's body within a limit, and checks JSON for what breaks the code behind it."""
+
+import json
+import re
+from typing import Any
+
+from server.asgi import Message, Receive, Scope, header
+
+MAX_JSON_DEPTH = 64
+"""Deepest nesting of lists and objects; deeper bodies end in a RecursionError in the code behind."""
+
+_INTEGER_LIMIT = 2**63
+_MANY_DIGITS = re.compile(rb"[0-9]{19}")
+
+
+class TooLarge(Exception):
+    """The body is longer than allowed."""
+
+
+class BadJSON(Exception):
+    """The body is not JSON that can be used; the message says why."""
+
+
+class Disconnected(Exception):
+    """The client left before its request was complete."""
+
+
+def declared_length(scope: Scope) -> int | None:
+    """Return Content-Length; None if there is none (a chunked body)."""
+    text = header(scope, b"content-length")
+    return int(text) if text.isdecimal() else None
+
+
+async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
+    """Return the whole body.
+
+    Raises:
+        TooLarge: it is, or says that it is, longer than ``max_bytes``; nothing more is kept in memory.
+        Disconnected: the client left.
+    """
+    if (declared_length(scope) or 0) > max_bytes:
+        raise TooLarge
+    parts, size = [], 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise Disconnected
+        part = message.get("body", b"")
+        size += len(part)
+        if size > max_bytes:
+            raise TooLarge
+        parts.append(part)
+        if not message.get("more_body", False):
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def replay(body: bytes, receive: Receive) -> Receive:
+    """Return a ``receive`` that gives ``body`` at once and then what ``receive`` gives: the disconnection."""
+    given = False
+
+    async def again() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again
+
+
+def is_json(scope: Scope) -> bool:
+    """Return whether the request says that its body is JSON."""
+    return header(scope, b"content-type").partition(";")[0].strip().lower() == "application/json"
+
+
+def _refuse_constant(name: str) -> Any:
+    raise BadJSON(f"{name} is not JSON: give a number")
+
+
+def parse(body: bytes) -> Any:
+    """Return the value of the JSON text ``body``.
+
+    Raises:
+        BadJSON: it is not JSON in UTF-8, is nested deeper than ``MAX_JSON_DEPTH``, or holds NaN, Infinity or an
+            integer that does not fit in 64 bits (which vLLM's messages between processes cannot carry).
+    """
+    try:
+        value = json.loads(body.decode(), parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise BadJSON(f"the body is not UTF-8 (byte {error.start})") from None
+    except RecursionError:
+        raise BadJSON(f"the body is nested deeper than {MAX_JSON_DEPTH} levels") from None
+    except ValueError as error:
+        raise BadJSON(f"the body is not JSON ({str(error)[:200]})") from None
+    if body.count(b"[") + body.count(b"{") > MAX_JSON_DEPTH or _MANY_DIGITS.search(body):
+        _check(value)
+    return value
+
+
+def _check(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH + 1):
+        inner: list[Any] = []
+        for item in level:
+            if type(item) is int and not -_INTEGER_LIMIT <= item < _INTEGER_LIMIT:
+                raise BadJSON("the body holds an integer that does not fit in 64 bits")
+            if type(item) is list:
+                inner += item
+            elif type(item) is dict:
+                inner += item.values()
+        if not inner:
+            return
+        level = inner
+    raise BadJSON(f"the body is nested deeper than {MAX_JSON_DEPTH} levels")
