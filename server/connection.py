@@ -35,7 +35,7 @@ class Connection(HttpToolsProtocol):
     def __init__(self, *args: Any, limits: ConnectionLimits, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._limits = limits
-        self._in_head, self._head_bytes = True, 0
+        self._arriving, self._in_head, self._head_bytes = False, True, 0
         self._deadline: TimerHandle | None = None  # for the request that is arriving
         self._stall: TimerHandle | None = None  # for the answer that waits to be read
         self._unread_bytes = 0
@@ -77,7 +77,7 @@ class Connection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """Start the clock for a later head on the same connection."""
         super().on_message_begin()
-        self._in_head = True
+        self._arriving = self._in_head = True
         if self._deadline is None:
             self._arm(self._limits.header_timeout_s)
 
@@ -89,6 +89,7 @@ class Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Stop the clock."""
+        self._arriving = False
         self._disarm()
         super().on_message_complete()
 
@@ -130,8 +131,7 @@ class Connection(HttpToolsProtocol):
         """Close; with an answer, unless one has begun or nothing was asked."""
         metrics.CONNECTIONS_CLOSED.labels(reason).inc()
         begun = not self._in_head and self.cycle is not None and self.cycle.response_started
-        asked = self._head_bytes or not self._in_head or status == 503
-        if asked and not begun:
+        if (self._arriving or status == 503) and not begun:
             body = error_body(status, message, reason)
             head = (
                 f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"

@@ -276,7 +276,7 @@ def test_requests_a_minute_are_counted_for_each_key(app, monkeypatch):
         admission = Admission(app, Limits(sequences=4, body_bytes=1000, requests_per_minute=2))
         statuses = [(await call(admission, {"prompt": "x"}, "alice"))[0] for _ in range(3)]
         assert statuses == [200, 200, 429]
-        status, code, headers = await call(admission, {"prompt": "x"}, "alice")
+        _, code, headers = await call(admission, {"prompt": "x"}, "alice")
         assert code == "requests_per_minute" and 30 <= int(headers[b"retry-after"]) <= 31
         assert (await call(admission, {"prompt": "x"}, "bob"))[0] == 200
         now[0] += 30.1

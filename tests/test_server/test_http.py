@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The HTTP server over real sockets, with a small app in vLLM's place: clients that are slow, vanish or ask too late."""
+
+import asyncio
+import contextlib
+import http.client
+import json
+import logging
+import socket
+import threading
+import time
+
+import pytest
+
+from server.admission import Limits
+from server.asgi import send_bytes
+from server.http import Drain, LoadingServer, guard, make_server
+from server.keys import KeyStore
+from server.listen import bind
+from server.settings import Settings
+from server.state import Phase, ServerState
+
+CHUNK = b"x" * 65536
+LIMITS = Limits(sequences=8, body_bytes=200_000)
+
+
+class App:
+    """GET /flood sends without end, GET /wait sends a line and ends after ``go``, all else echoes the body."""
+
+    def __init__(self):
+        self.go = threading.Event()
+        self.ended = threading.Event()
+        self.headers = []
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return
+        self.headers.append(dict(scope["headers"]))
+        try:
+            if scope["path"] == "/flood":
+                await self._flood(receive, send)
+            elif scope["path"] == "/wait":
+                await self._wait(send)
+            else:
+                body = b""
+                while scope["method"] == "POST":
+                    message = await receive()
+                    body += message.get("body", b"")
+                    if not message.get("more_body"):
+                        break
+                await send_bytes(send, 200, body)
+        finally:
+            self.ended.set()
+
+    async def _flood(self, receive, send):
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        left = asyncio.create_task(receive())
+        while not left.done():
+            await send({"type": "http.response.body", "body": CHUNK, "more_body": True})
+            await asyncio.sleep(0)
+
+    async def _wait(self, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"first\n", "more_body": True})
+        while not self.go.is_set():
+            await asyncio.sleep(0.01)
+        await send({"type": "http.response.body", "body": b"last\n"})
+
+
+class Running:
+    """A server in a thread: its app, port, state, and the loop it runs in."""
+
+    def __init__(self, **settings):
+        self.app, self.state = App(), ServerState()
+        settings = Settings(**{"drain_timeout_s": 5, **settings})
+        self.listener = bind("127.0.0.1", 0)
+        self.port = self.listener.getsockname()[1]
+        guarded = guard(self.app, self.state, settings, KeyStore([]), LIMITS)
+        self.server = make_server(guarded, settings, lifespan="off")
+        self.drain = Drain(self.server, self.state, settings.drain_timeout_s)
+        self.state.enter(Phase.READY)
+        self.thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+
+    async def _serve(self):
+        self.loop = asyncio.get_running_loop()
+        await self.server.serve(sockets=[self.listener])
+
+    def connect(self):
+        return socket.create_connection(("127.0.0.1", self.port), timeout=10)
+
+    def stop(self):
+        self.app.go.set()
+        self.server.should_exit = True
+        self.thread.join(15)
+        assert not self.thread.is_alive()
+
+
+@pytest.fixture
+def start():
+    """Return a function: settings -> a running server."""
+    with contextlib.ExitStack() as stack:
+
+        def run(**settings):
+            server = Running(**settings)
+            stack.callback(server.stop)
+            return server
+
+        yield run
+
+
+def read_all(connection):
+    """Return what comes until the server closes."""
+    data = b""
+    with contextlib.suppress(ConnectionResetError):
+        while part := connection.recv(65536):
+            data += part
+    return data
+
+
+def status_and_code(answer):
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(body)["error"]["code"]
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "code"),
+    [
+        (b"GET / HTTP/1.1\r\nHost: x\r\nX-A: ", 408, "slow_head"),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n12345", 408, "slow_body"),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n12345\r\n", 408, "slow_body"),
+    ],
+)
+def test_a_request_that_does_not_arrive_is_closed(start, sent, status, code):
+    server = start(header_timeout_s=0.3, body_timeout_s=0.3)
+    with server.connect() as connection:
+        connection.sendall(sent)
+        started = time.monotonic()
+        assert status_and_code(read_all(connection)) == (status, code)
+        assert 0.2 < time.monotonic() - started < 3
+
+
+def test_bytes_that_trickle_in_do_not_keep_a_connection(start):
+    server = start(header_timeout_s=0.5)
+    with server.connect() as connection:
+        started = time.monotonic()
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            for byte in b"GET / HTTP/1.1\r\nX-Slow: " + b"a" * 100:
+                connection.sendall(bytes([byte]))
+                time.sleep(0.05)
+        assert time.monotonic() - started < 3
+
+
+def test_a_silent_connection_is_closed_without_a_word(start):
+    server = start(header_timeout_s=0.3)
+    with server.connect() as connection:
+        assert read_all(connection) == b""
+
+
+def test_a_second_slow_head_on_a_connection_is_closed_too(start):
+    server = start(header_timeout_s=0.3)
+    with server.connect() as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\nGET / HTTP/1.1\r\nHos")
+        answer = read_all(connection)
+        assert answer.startswith(b"HTTP/1.1 200") and b"slow_head" in answer
+
+
+def test_an_idle_connection_is_kept_and_then_closed(start):
+    server = start(header_timeout_s=0.2, keep_alive_timeout_s=1)
+    with server.connect() as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        time.sleep(0.6)  # longer than a head may take: idle is not slow
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert read_all(connection).count(b"HTTP/1.1 200") == 2
+
+
+def test_an_answer_that_takes_long_is_not_cut_off(start):
+    server = start(header_timeout_s=0.2, body_timeout_s=0.2, write_timeout_s=0.2, keep_alive_timeout_s=1)
+    with server.connect() as connection:
+        connection.sendall(b"GET /wait HTTP/1.1\r\nHost: x\r\n\r\n")
+        time.sleep(1)
+        server.app.go.set()
+        assert b"last" in read_all(connection)
+
+
+def test_a_head_without_end_is_refused(start):
+    server = start()
+    with server.connect() as connection:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            connection.sendall(
+                b"GET / HTTP/1.1\r\n" + b"".join(b"X-%d: %s\r\n" % (i, b"a" * 900) for i in range(80))
+            )
+        assert status_and_code(read_all(connection)) == (431, "head_too_large")
+
+
+def test_one_connection_too_many_is_told_so(start):
+    server = start(max_connections=2)
+    with server.connect(), server.connect(), server.connect() as third:
+        assert status_and_code(read_all(third)) == (503, "too_many")
+
+
+def test_a_client_that_does_not_read_is_dropped_and_its_request_ends(start):
+    server = start(write_timeout_s=0.5)
+    with server.connect() as connection:
+        connection.sendall(b"GET /flood HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert server.app.ended.wait(10), "the request still runs"
+    for _ in range(100):
+        if server.state.running == 0:
+            break
+        time.sleep(0.01)
+    assert server.state.running == 0
+
+
+def test_a_client_that_reads_slowly_enough_to_matter_is_dropped(start):
+    server = start(write_timeout_s=0.5)
+    with server.connect() as connection:
+        connection.sendall(b"GET /flood HTTP/1.1\r\nHost: x\r\n\r\n")
+        end = time.monotonic() + 10
+        while not server.app.ended.is_set() and time.monotonic() < end:
+            connection.recv(10)
+            time.sleep(0.05)
+        assert server.app.ended.is_set()
+
+
+def test_a_client_that_reads_well_is_not_dropped(start):
+    server = start(write_timeout_s=0.3)
+    with server.connect() as connection:
+        connection.sendall(b"GET /flood HTTP/1.1\r\nHost: x\r\n\r\n")
+        end, received = time.monotonic() + 1.5, 0
+        while time.monotonic() < end:
+            received += len(connection.recv(1 << 20))
+        assert received > 10 * len(CHUNK) and not server.app.ended.is_set()
+    assert server.app.ended.wait(5)
+
+
+def test_a_client_that_leaves_frees_its_place(start):
+    server = start()
+    connection = server.connect()
+    connection.sendall(b"GET /flood HTTP/1.1\r\nHost: x\r\n\r\n")
+    connection.recv(100)
+    connection.close()
+    assert server.app.ended.wait(5)
+
+
+def test_draining_ends_streams_and_refuses_the_rest(start):
+    server = start()
+    stream = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    stream.request("GET", "/wait")
+    answer = stream.getresponse()
+    assert answer.readline() == b"first\n"
+    idle = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    idle.request("GET", "/")
+    idle.getresponse().read()
+    server.loop.call_soon_threadsafe(server.drain.start)
+    while server.state.phase is not Phase.DRAINING:
+        time.sleep(0.01)
+    fresh = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    for connection in (idle, fresh):  # one was open before, one comes now
+        connection.request("POST", "/v1/completions", body=b"{}")
+        refused = connection.getresponse()
+        assert refused.status == 503 and int(refused.headers["retry-after"]) >= 1
+        assert json.loads(refused.read())["error"]["code"] == "server_draining"
+    probe = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    probe.request("GET", "/ready")
+    assert probe.getresponse().status == 503
+    server.app.go.set()
+    assert answer.read() == b"last\n"
+    server.thread.join(5)
+    assert not server.thread.is_alive()
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_draining_ends_in_time_or_at_once_when_asked_twice(start, calls):
+    server = start(drain_timeout_s=1 if calls == 1 else 60)
+    with server.connect() as connection:
+        connection.sendall(b"GET /wait HTTP/1.1\r\nHost: x\r\n\r\n")
+        connection.recv(1000)
+        started = time.monotonic()
+        for _ in range(calls):
+            server.loop.call_soon_threadsafe(server.drain.start)
+        server.thread.join(10)
+        assert not server.thread.is_alive() and time.monotonic() - started < 8
+
+
+def test_the_port_answers_while_the_model_loads_and_passes_to_the_server_that_follows():
+    state, settings = ServerState(), Settings()
+    listener = bind("127.0.0.1", 0)
+    port = listener.getsockname()[1]
+    loading = LoadingServer(settings, state, listener)
+    loading.start()
+
+    def get(path):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+
+    for _ in range(100):
+        with contextlib.suppress(ConnectionRefusedError):
+            get("/health")
+            break
+        time.sleep(0.05)
+    assert get("/health") == (200, b"")
+    assert get("/ready")[0] == get("/v1/models")[0] == get("/")[0] == 503
+    loading.stop()
+    waiting = socket.create_connection(("127.0.0.1", port), timeout=5)  # between the two servers: not refused
+    waiting.close()
+    listener.close()
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"), [("abc-1.2_3:4", True), ("x" * 129, False), ("a b", False), ("", False)]
+)
+def test_a_request_has_one_id_everywhere(start, caplog, given, kept):
+    server = start()
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    with caplog.at_level(logging.INFO, logger="pvq.access"):
+        connection.request("GET", "/x", headers={"X-Request-Id": given})
+        answer = connection.getresponse()
+        answer.read()
+        for _ in range(100):
+            if caplog.records:
+                break
+            time.sleep(0.01)
+    request_id = answer.headers["x-request-id"]
+    assert (request_id == given) is kept and len(request_id) <= 128
+    assert server.app.headers[-1][b"x-request-id"].decode() == request_id
+    assert caplog.records[-1].facts["request_id"] == request_id
+    assert caplog.records[-1].facts["status"] == 200
