@@ -39,6 +39,13 @@ def quantize(
     amplitude_bits: Annotated[
         int | None, typer.Option(help="canonical: bits of a group's amplitude.")
     ] = None,
+    amplitude: Annotated[
+        str,
+        typer.Option(
+            help="canonical: amplitude levels, 'lloyd_max' (fitted to each matrix) or 'beta' (theory, as in "
+            "the paper)."
+        ),
+    ] = "lloyd_max",
     override: Annotated[
         list[str] | None,
         typer.Option(
@@ -76,6 +83,9 @@ def quantize(
         ),
     ] = 1,
     activation: Annotated[str, typer.Option(help="Activation mode to serve with: a8 or a16.")] = "a8",
+    device: Annotated[
+        str, typer.Option(help="Where to compute: cpu, cuda, or auto (a GPU if there is one).")
+    ] = "auto",
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue an interrupted run; the result has the same bytes.")
     ] = False,
@@ -89,6 +99,7 @@ def quantize(
     """Quantize a model folder into a checkpoint that vLLM serves."""
     import torch
 
+    from .device import choose_device
     from .plan import Settings, codebook_from_text, parse_override
     from .quantize_checkpoint import quantize_checkpoint
 
@@ -122,6 +133,8 @@ def quantize(
         calibration=calibration,
         calibration_sequences=calibration_sequences,
         calibration_length=calibration_length,
+        amplitude=amplitude,
+        device=choose_device(device),
     )
     columns = (
         SpinnerColumn(),

@@ -5,6 +5,7 @@ import os
 import re
 from dataclasses import dataclass
 
+from pvq_vllm.codec.canonical import AMPLITUDES
 from pvq_vllm.codec.errors import PVQError
 from pvq_vllm.codec.format import ACTIVATIONS, CheckpointConfig, Codebook, ModuleSpec, expected_tensors
 from pvq_vllm.codec.rotation import rotation_layout
@@ -59,6 +60,8 @@ class Settings:
     calibration: str | None = None
     calibration_sequences: int = 24
     calibration_length: int = 1024
+    amplitude: str = "lloyd_max"
+    device: str = "cpu"
     max_shard_bytes: int = 4_000_000_000
 
     def __post_init__(self) -> None:
@@ -69,6 +72,8 @@ class Settings:
             _one_of("--rotation", self.rotation, (*ROTATIONS, "block:N"))
         elif self.max_block < SMALLEST_BLOCK:
             raise PVQError(f"--rotation {self.rotation}: a block must have at least {SMALLEST_BLOCK} columns")
+        _one_of("--amplitude", self.amplitude, AMPLITUDES)
+        _one_of("--device", self.device, ("cpu", "cuda"))
         for option, value in (
             ("--tensor-parallel", self.tensor_parallel),
             ("--calibration-sequences", self.calibration_sequences),

@@ -35,9 +35,9 @@ def dataset(request, tmp_path):
     for index, half in enumerate((rows[:15], rows[15:])):
         table = pyarrow.Table.from_pylist(half)
         if request.param == "save_to_disk":
-            with pyarrow.OSFile(str(folder / f"data-{index}.arrow"), "wb") as file:
-                with pyarrow.ipc.new_stream(file, table.schema) as stream:
-                    stream.write_table(table)
+            path = str(folder / f"data-{index}.arrow")
+            with pyarrow.OSFile(path, "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as stream:
+                stream.write_table(table)
         else:
             pyarrow.parquet.write_table(table, folder / f"part-{index}.parquet")
     if request.param == "save_to_disk":

@@ -5,8 +5,11 @@ import json
 from importlib.metadata import EntryPoint
 
 import pytest
+import torch
 
+from offline_quant.device import choose_device
 from pvq_vllm import cli
+from pvq_vllm.codec.errors import PVQError
 
 # As in pyproject.toml; stated here so that the tests run on a checkout that is not installed.
 COMMANDS = {"quantize": "quantize", "inspect": "inspect", "eval": "eval_"}
@@ -101,6 +104,8 @@ def test_canonical_codebook_from_the_command_line(tiny_llama, tmp_path, capsys):
         (["--tensor-parallel", "0"], "--tensor-parallel is 0"),
         (["--tensor-parallel", "3"], "o_proj"),
         (["--threads", "0"], "--threads is 0"),
+        (["--device", "tpu"], "--device is 'tpu'"),
+        (["--amplitude", "linear"], "--amplitude is linear"),
     ],
 )
 def test_each_mistake_is_one_sentence_and_nothing_is_written(tiny_llama, tmp_path, capsys, options, says):
@@ -108,6 +113,13 @@ def test_each_mistake_is_one_sentence_and_nothing_is_written(tiny_llama, tmp_pat
     printed = capsys.readouterr().err.strip().split("\n")[-1]
     assert says in printed and "Traceback" not in printed
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_cuda_is_refused_and_auto_is_the_cpu():
+    assert choose_device("auto") == "cpu"
+    with pytest.raises(PVQError, match="--device cuda: torch finds no GPU"):
+        choose_device("cuda")
 
 
 def test_mistakes_of_the_other_commands(tiny_llama, tmp_path, capsys):

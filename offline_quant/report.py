@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""report.json of a run: what was made of every module. Times are apart, in timings.json, since a run that was
+interrupted writes the same report as one that was not.
+"""
+
+from pvq_vllm.codec.format import CheckpointConfig
+
+from .checkpoint_writer import tensor_bytes
+from .model_source import ModelSource
+from .plan import Settings
+
+
+def make_report(
+    source: ModelSource, settings: Settings, config: CheckpointConfig, reports: list[dict], shards: list[dict]
+) -> dict:
+    """Return the content of report.json.
+
+    Args:
+        reports: of all parts, see ``PartWorker.make``.
+        shards: tensors of the checkpoint, name -> (dtype, shape).
+    """
+    entries = {name: entry for report in reports for name, entry in report["modules"].items()}
+    modules = {
+        name: {key: value for key, value in entries[name].items() if key != "seconds"}
+        for name in config.modules
+    }
+    outside = {source.head_name, source.embedding_name}
+    sizes = {name: entry["out_features"] * entry["in_features"] for name, entry in modules.items()}
+    bits = {name: entry["bits_per_weight"] * sizes[name] for name, entry in modules.items()}
+    inner = [name for name in modules if name not in outside]
+    stored = sum(tensor_bytes(*tensor) for shard in shards for tensor in shard.values())
+    return {
+        "base_model": source.folder.resolve().name,
+        "codebook": str(settings.codebook),
+        "activation": settings.activation,
+        "calibration_tokens": settings.calibration_sequences * settings.calibration_length
+        if settings.calibration is not None
+        else 0,
+        "bits_per_weight": sum(bits[name] for name in inner) / max(1, sum(sizes[name] for name in inner)),
+        "bits_per_weight_with_head": sum(bits.values()) / sum(sizes.values()),
+        "size_bytes_base": source.num_bytes,
+        "size_bytes_quantized": stored,
+        "modules": modules,
+    }
+
+
+def timings(reports: list[dict]) -> dict:
+    """Return the content of timings.json: ``seconds`` of all parts, and of every module (its quantization
+    alone, without the forward pass and the Hessians).
+    """
+    modules = {
+        name: round(entry["seconds"], 3) for report in reports for name, entry in report["modules"].items()
+    }
+    return {"seconds": round(sum(report["seconds"] for report in reports), 3), "modules": modules}
