@@ -1,205 +1,185 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drives ``vllm bench serve`` over several loads, in one process of its own, and collects the results.
+"""One streamed request through the official ``openai`` client, and what is recorded of it.
 
-Two habits keep the numbers honest: as many warm-up requests as there will be at once, so that the first
-measured ones do not pay for warm-up; and another seed for every load, so that no prompt is in the prefix
-cache of the server from the load before.
+The client is asked for the raw response: the bytes of a server-sent event are stamped when they arrive, and
+only then parsed. The client's own event objects cost four times as much processor time, which would become
+part of the latencies of a fast server.
 """
 
+import asyncio
+import contextlib
 import dataclasses
 import json
-import math
-import os
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import AsyncIterator
 from typing import Any
 
-import httpx
+import httpx2
+import openai
 
-from server.bench.results import LoadPoint, load_label, point_from_result, point_without_result
-from server.errors import ServerError
+from server.bench.target import Target
+from server.bench.workload import Prompt
 
-LAUNCHER = "pvq_vllm.vllm_launcher"
-"""vLLM's command line, several commands separated by ``--next``; run by name, never imported here."""
+CONNECTION, TIMEOUT, STREAM_CUT = "connection", "timeout", "stream cut"
+STREAM_ERROR, NO_USAGE, NO_CONTENT = "error in stream", "no usage", "no content"
+_MESSAGE_LENGTH = 200
 
-CONCURRENCY, REQUEST_RATE = "concurrency", "request_rate"
-_POLL_S = 0.2
-_CONNECT_TIMEOUT_S = 10.0
+
+@dataclasses.dataclass
+class Record:
+    """What happened to one request. Times are in seconds on one clock, from the start of its load.
+
+    ``scheduled_s`` is when it was to be sent (equal to ``sent_s`` in a closed loop), ``chunk_s`` when the
+    first content and every later piece of the answer arrived, ``end_s`` when the stream ended. Token counts
+    are the server's. ``failure`` is empty for a completed request, else its kind ("http 429", "timeout", ...)
+    with ``message``.
+    """
+
+    index: int
+    scheduled_s: float
+    sent_s: float
+    chunk_s: list[float] = dataclasses.field(default_factory=list)
+    end_s: float = 0.0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    finish_reason: str = ""
+    failure: str = ""
+    message: str = ""
+
+    def fail(self, kind: str, message: object) -> None:
+        """Note a failure; the first one stays."""
+        if not self.failure:
+            self.failure = kind
+            self.message = " ".join(str(message).split())[:_MESSAGE_LENGTH] or kind
 
 
 @dataclasses.dataclass(frozen=True)
-class Target:
-    """A server under test: base URL, name of the model in requests, folder or name of its tokenizer, and the
-    API key if any.
+class RequestOptions:
+    """What all requests have in common. ``ignore_eos`` (of vLLM) makes answers as long as asked."""
+
+    chat: bool = False
+    ignore_eos: bool = True
+    timeout_s: float = 600.0
+
+
+@contextlib.asynccontextmanager
+async def connect(target: Target, timeout_s: float) -> AsyncIterator[openai.AsyncOpenAI]:
+    """Yield a client for ``target`` that never repeats a request and opens as many connections as needed."""
+    unlimited = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
+    http_client = openai.DefaultAsyncHttpxClient(limits=unlimited, timeout=timeout_s)
+    async with openai.AsyncOpenAI(
+        base_url=f"{target.url}/v1",
+        api_key=target.api_key or "none",
+        max_retries=0,
+        timeout=timeout_s,
+        http_client=http_client,
+    ) as client:
+        yield client
+
+
+async def send(
+    client: openai.AsyncOpenAI,
+    model: str,
+    prompt: Prompt,
+    options: RequestOptions,
+    index: int = 0,
+    started: float = 0.0,
+    scheduled_s: float | None = None,
+) -> Record:
+    """Send one request and return its record; a failure is noted there and not raised.
+
+    Args:
+        started: what ``time.perf_counter`` said at the start of the load.
+        scheduled_s: when the request was due, seconds from the start; None: now.
     """
-
-    url: str
-    model: str
-    tokenizer: str
-    api_key: str | None = dataclasses.field(default=None, repr=False)
-
-
-@dataclasses.dataclass(frozen=True)
-class Workload:
-    """Random prompts of ``input_tokens`` and answers of ``output_tokens`` under each of ``loads``.
-
-    ``axis`` is ``CONCURRENCY`` (so many requests always running) or ``REQUEST_RATE`` (so many arriving a
-    second, as a Poisson process; None for all at once). ``requests`` are sent per load.
-    """
-
-    axis: str
-    loads: tuple[float | None, ...]
-    requests: int
-    input_tokens: int
-    output_tokens: int
-    seed: int = 0
-
-    def requests_at(self, load: float | None) -> int:
-        """Return how many requests the load gets: ``requests``, or twice the concurrency if that is more."""
-        return max(self.requests, 2 * int(load)) if self.axis == CONCURRENCY and load else self.requests
-
-
-def parse_loads(text: str, flag: str) -> tuple[float | None, ...]:
-    """Return the loads of a list such as "1,2,4" or, for rates, "0.5,2,inf"; inf becomes None.
-
-    Raises:
-        ServerError: an entry is no positive number, or no whole one where ``flag`` is --concurrency.
-    """
-    loads: list[float | None] = []
-    for part in text.split(","):
-        try:
-            value = float(part)
-        except ValueError:
-            value = math.nan
-        whole_needed = flag == "--concurrency"
-        if not value > 0 or (whole_needed and not value.is_integer()):
-            kind = "whole numbers above 0" if whole_needed else "numbers above 0, or inf"
-            raise ServerError(f"{flag} {text} cannot be used: give {kind}, separated by commas")
-        loads.append(None if math.isinf(value) else value)
-    return tuple(dict.fromkeys(loads))
-
-
-def find_target(
-    url: str, api_key: str | None, model: str | None = None, tokenizer: str | None = None
-) -> Target:
-    """Ask the server at ``url`` what it serves; ``model`` and ``tokenizer`` overrule its answer.
-
-    Raises:
-        ServerError: nothing answers there, the key is refused, or the model is not served.
-    """
-    url = url.rstrip("/").removesuffix("/v1")
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    try:
-        response = httpx.get(f"{url}/v1/models", headers=headers, timeout=_CONNECT_TIMEOUT_S)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ServerError(
-            f"--url {url}: no server answers there ({error}): start one with pvq serve MODEL"
-        ) from None
-    if response.status_code == 401:
-        raise ServerError(f"--url {url}: the server refuses the API key: set PVQ_API_KEY to its key")
-    try:
-        served = {entry["id"]: entry for entry in response.raise_for_status().json()["data"]}
-    except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-        raise ServerError(
-            f"--url {url}: /v1/models does not answer like an OpenAI server ({error}): check the address"
-        ) from None
-    name = model or next(iter(served), None)
-    if name not in served:
-        raise ServerError(f"--model {name} is not served at {url}: give one of {', '.join(served) or 'none'}")
-    return Target(url, name, tokenizer or served[name].get("root") or name, api_key)
-
-
-def bench_command(target: Target, workload: Workload, index: int, folder: Path, filename: str) -> list[str]:
-    """Return the arguments of ``vllm bench serve`` for the load number ``index``; its result goes to ``folder
-    / filename``.
-    """
-    load = workload.loads[index]
-    options: dict[str, Any] = {
-        "backend": "openai",
-        "base-url": target.url,
-        "endpoint": "/v1/completions",
-        "model": target.model,
-        "served-model-name": target.model,
-        "tokenizer": target.tokenizer,
-        "dataset-name": "random",
-        "random-input-len": workload.input_tokens,
-        "random-output-len": workload.output_tokens,
-        "num-prompts": workload.requests_at(load),
-        "num-warmups": int(load) if workload.axis == CONCURRENCY and load else 2,
-        "request-rate": load_label(load) if workload.axis == REQUEST_RATE else "inf",
-        "seed": workload.seed + index,
+    # In extra_body the client takes the prompt as it is; as an argument it would look at every token id.
+    field = "messages" if options.chat else "prompt"
+    arguments: dict[str, Any] = {
+        "model": model,
+        "max_tokens": prompt.output_tokens,
         "temperature": 0,
-        "result-dir": folder,
-        "result-filename": filename,
-        "percentile-metrics": "ttft,tpot,itl,e2el",
-        "metric-percentiles": "50,90,99",
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "extra_body": {field: prompt.content, **({"ignore_eos": True} if options.ignore_eos else {})},
+        field: [] if options.chat else "",
     }
-    if workload.axis == CONCURRENCY and load:
-        options["max-concurrency"] = int(load)
-    flags = ("--ignore-eos", "--disable-tqdm", "--save-result", "--save-detailed")
-    return [
-        "bench",
-        "serve",
-        *(word for name, value in options.items() for word in (f"--{name}", str(value))),
-        *flags,
-    ]
-
-
-def run(
-    target: Target, workload: Workload, out: Path, on_start: Callable[[int], None] = lambda index: None
-) -> list[LoadPoint]:
-    """Put every load of ``workload`` on ``target`` in turn and return one point per load.
-
-    ``out / raw`` gets vLLM's own result of every load, ``out / client.log`` what its client printed.
-    ``on_start`` is called with the index of each load when it starts and with ``len(loads)`` at the end. A
-    load whose client fails counts all its requests as failed.
-    """
-    raw = out / "raw"
-    raw.mkdir(parents=True, exist_ok=True)
-    names = [f"{workload.axis}-{load_label(load)}.json" for load in workload.loads]
-    for name in names:
-        (raw / name).unlink(missing_ok=True)
-    command = [sys.executable, "-m", LAUNCHER]
-    for index, name in enumerate(names):
-        command += [*(["--next"] if index else []), *bench_command(target, workload, index, raw, name)]
-    environment = dict(os.environ, OPENAI_API_KEY=target.api_key or "none", TOKENIZERS_PARALLELISM="false")
-    if Path(target.tokenizer).is_dir():
-        environment["HF_HUB_OFFLINE"] = "1"
-    log_path = out / "client.log"
-    with open(log_path, "w", encoding="utf-8") as log:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
-        )
-        try:
-            _watch(process, [raw / name for name in names], on_start)
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
-    return [
-        _collect(raw / name, load, workload.requests_at(load), log_path)
-        for name, load in zip(names, workload.loads, strict=True)
-    ]
-
-
-def _watch(process: subprocess.Popen, results: Sequence[Path], on_start: Callable[[int], None]) -> None:
-    """Wait for ``process`` and report each load when the result of the one before has appeared."""
-    shown = 0
-    on_start(shown)
-    while process.poll() is None:
-        time.sleep(_POLL_S)
-        done = max((number for number, path in enumerate(results, start=1) if path.exists()), default=0)
-        if shown < done < len(results):
-            shown = done
-            on_start(shown)
-    on_start(len(results))
-
-
-def _collect(path: Path, load: float | None, num_requests: int, log_path: Path) -> LoadPoint:
+    route = client.chat.completions if options.chat else client.completions
+    sent_s = time.perf_counter() - started
+    record = Record(index, sent_s if scheduled_s is None else scheduled_s, sent_s)
+    done = False
     try:
-        return point_from_result(load, json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError):
-        return point_without_result(load, num_requests, f"the client gave no result, see {log_path}")
+        async with (
+            asyncio.timeout(options.timeout_s),
+            route.with_streaming_response.create(**arguments) as response,
+        ):
+            async for now, data in _events(response.iter_bytes()):
+                if data == b"[DONE]":
+                    done = True
+                elif not _read_event(record, json.loads(data), now - started):
+                    break
+        _check_end(record, done)
+    except (TimeoutError, openai.APITimeoutError, httpx2.TimeoutException):
+        record.fail(TIMEOUT, f"no answer within {options.timeout_s:g} s")
+    except openai.APIStatusError as error:
+        record.fail(f"http {error.status_code}", error.message)
+    except openai.APIConnectionError as error:
+        record.fail(CONNECTION, error.__cause__ or error)
+    except httpx2.HTTPError as error:
+        record.fail(STREAM_CUT, error)
+    except ValueError as error:
+        record.fail(STREAM_ERROR, f"no JSON in the stream: {error}")
+    record.end_s = record.end_s or time.perf_counter() - started
+    return record
+
+
+async def _events(parts: AsyncIterator[bytes]) -> AsyncIterator[tuple[float, bytes]]:
+    """Yield the data of each server-sent event with the time at which its bytes were there.
+
+    Split at newline bytes only: JSON may hold other characters that count as line ends elsewhere.
+    """
+    rest = b""
+    async for part in parts:
+        now = time.perf_counter()
+        *lines, rest = (rest + part).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:"):
+                yield now, line[5:].strip()
+
+
+def _read_event(record: Record, event: Any, now_s: float) -> bool:
+    """Note one event of the stream; return False if it ends the request with an error."""
+    if not isinstance(event, dict) or event.get("error"):
+        error = event.get("error") if isinstance(event, dict) else event
+        record.fail(STREAM_ERROR, error.get("message", error) if isinstance(error, dict) else error)
+        return False
+    for choice in event.get("choices") or ():
+        # Once the answer has begun, a token may have no text of its own: half a character, or a special one.
+        if record.chunk_s or _has_content(choice):
+            record.chunk_s.append(now_s)
+        record.finish_reason = choice.get("finish_reason") or record.finish_reason
+    if usage := event.get("usage"):
+        record.prompt_tokens = usage.get("prompt_tokens") or 0
+        record.completion_tokens = usage.get("completion_tokens") or 0
+    record.end_s = now_s
+    return True
+
+
+def _has_content(choice: dict[str, Any]) -> bool:
+    """Return whether there is text in a choice; the first event of a chat has only the role."""
+    delta = choice.get("delta") or {}
+    keys = ("content", "reasoning", "reasoning_content", "tool_calls")
+    return bool(choice.get("text") or any(delta.get(key) for key in keys))
+
+
+def _check_end(record: Record, done: bool) -> None:
+    """Note a stream that ended early, or without what the numbers need."""
+    if record.failure:
+        return
+    if not done and not record.finish_reason:
+        record.fail(STREAM_CUT, "the stream ended before the answer was complete")
+    elif not record.completion_tokens:
+        record.fail(NO_USAGE, "the server did not say how many tokens it made (stream_options.include_usage)")
+    elif not record.chunk_s:
+        record.fail(NO_CONTENT, "no piece of the answer had any text")
+    # A last event may bring only the reason of the end, and no token.
+    del record.chunk_s[max(record.completion_tokens, 1) :]
