@@ -23,6 +23,8 @@ SEARCH_DURATION_S = 30.0
 """How long each rate of a search lasts, unless told otherwise: an overloaded queue needs time to grow."""
 
 WIDTH_OF_FILES = 150
+INTERRUPTED = 130
+"""The exit status of a program that Ctrl-C ended."""
 
 group = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -130,6 +132,7 @@ def bench(
     from server.bench import workload
     from server.bench.dataset import DatasetPrompts
     from server.bench.metrics import Objective
+    from server.bench.search import MIN_REQUESTS
 
     with _one_sentence():
         if sum((concurrency is not None, request_rate is not None)) > 1 or (find_rate and concurrency):
@@ -154,7 +157,7 @@ def bench(
         if find_rate and (len(loads) != 1 or loads[0] is None):
             raise ServerError(f"--find-rate starts at one rate, not at {request_rate}: give one number")
         if find_rate and requests is None:
-            duration_s = duration_s or SEARCH_DURATION_S
+            duration_s, requests = duration_s or SEARCH_DURATION_S, MIN_REQUESTS
         answers = workload.Lengths.parse(output_tokens or "64", "--output-tokens")
         if dataset is not None:
             source: Any = DatasetPrompts(dataset, answers if output_tokens else None, seed)
@@ -169,7 +172,7 @@ def bench(
             axis=workload.REQUEST_RATE if rates else workload.CONCURRENCY,
             loads=loads,
             source=source,
-            requests=requests or 16,
+            requests=requests or (16 if duration_s is None else 1),
             duration_s=duration_s,
             rounds=rounds,
             warmup=warmup,
@@ -199,14 +202,16 @@ def _measure(plan: "Plan", targets: "list[Target]", find_rate: bool, out: Path) 
         assert plan.loads[0] is not None, "checked before"
         with _progress(plan, None) as on_done:
             found, runs = search(plan, targets, plan.loads[0], on_done)
+        complete = len(found) == len(targets)
         plan = dataclasses.replace(plan, loads=tuple(sorted({load for _, load in runs if load is not None})))
     else:
         total = plan.rounds * len(targets) * sum(map(plan.requests_at, plan.loads))
         with _progress(plan, total) as on_done:
             runs = planning.run(plan, targets, on_done)
+        complete = sum(map(len, runs.values())) == plan.rounds * len(targets) * len(plan.loads)
     if not runs:
         print("pvq: interrupted before the first load was complete: nothing is written", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     points = planning.points(runs, plan.objective)
     rounds = {key: [run.records for run in parts] for key, parts in runs.items()}
     content = results.report(plan, targets, points, found)
@@ -230,6 +235,9 @@ def _measure(plan: "Plan", targets: "list[Target]", find_rate: bool, out: Path) 
     if content["completed"] == 0:
         print("pvq: every request failed", file=sys.stderr)
         return 1
+    if not complete:
+        print("pvq: interrupted: what was complete until then is written", file=sys.stderr)
+        return INTERRUPTED
     return 0
 
 

@@ -71,9 +71,10 @@ def _settings(settings: dict[str, Any]) -> dict[str, str]:
         if objective.get(key) is not None
     ]
     if settings["duration_s"] is not None:
-        amount = f"those of {settings['duration_s']:g} s"
+        amount = f"as many as arrive in {settings['duration_s']:g} s, at least {settings['requests']}"
     else:
-        amount = f"{settings['requests']}, at least twice the concurrency"
+        amount = str(settings["requests"])
+        amount += ", at least twice the concurrency" if settings["axis"] == "concurrency" else ""
     found = {
         "loads": ", ".join(load_label(load) for load in settings["loads"]),
         "requests a load and round": amount,

@@ -36,7 +36,7 @@ class Plan:
         axis: CONCURRENCY or REQUEST_RATE.
         loads: each a concurrency, or a rate a second (None: all at once).
         requests: for each load and round; at least twice the concurrency are sent.
-        duration_s: instead of ``requests`` for a rate: as many as arrive in this time on average.
+        duration_s: for a rate: as many requests as arrive in this time on average, at least ``requests``.
         warmup: requests before each load; None: the concurrency, or RATE_WARMUP.
     """
 
@@ -56,7 +56,7 @@ class Plan:
         if self.axis == CONCURRENCY:
             return max(self.requests, 2 * int(load or 0))
         if self.duration_s is not None and load is not None:
-            return max(1, round(self.duration_s * load))
+            return max(self.requests, round(self.duration_s * load))
         return self.requests
 
     def warmup_at(self, load: float | None) -> int:

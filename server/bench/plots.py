@@ -52,7 +52,7 @@ _STYLE = {
     "lines.markersize": 5,
 }
 _LINES = {"p50": "o-", "p90": "s--", "p99": "^:"}
-_SIZE_INCHES = (5.4, 3.3)
+_SIZE_INCHES = (4.6, 3.0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,8 +14,13 @@ from server.bench.target import Target
 PRECISION = 1.1
 """The search ends when the lowest rate that fails is at most this much above the highest that passes."""
 
-MAX_PROBES = 14
-FOUND, NOT_CARRIED, NO_LIMIT = "found", "no rate was carried", "every rate was carried"
+MAX_DOUBLINGS, MAX_HALVINGS = 12, 4
+MIN_REQUESTS = 10
+"""At every rate, unless told otherwise; a share of fewer says little."""
+
+FOUND = "found"
+NOT_CARRIED = "no rate was carried: start lower, or loosen the objective"
+NO_LIMIT = "every rate was carried: start higher, or send more requests"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +48,7 @@ def highest_rate(label: str, start: float, carried: Callable[[float], bool]) -> 
     """
     low = high = None
     rate = start
-    for _ in range(MAX_PROBES):
+    while start / 2**MAX_HALVINGS <= rate <= start * 2**MAX_DOUBLINGS:
         if carried(rate):
             low = rate
         else:

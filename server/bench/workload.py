@@ -170,11 +170,11 @@ class RandomPrompts:
 
 
 def arrival_times(rate: float | None, count: int, random: numpy.random.Generator) -> Sequence[float]:
-    """Return when each of ``count`` requests is to be sent, seconds from the start: a Poisson process of
+    """Return when each of ``count`` requests is to be sent, seconds after the first: a Poisson process of
     ``rate`` a second, or all at once where ``rate`` is None.
 
     The gaps of one seed at two rates differ by a factor only, which takes noise out of comparisons.
     """
     if rate is None:
         return [0.0] * count
-    return (numpy.cumsum(random.exponential(size=count)) / rate).tolist()
+    return [0.0, *(numpy.cumsum(random.exponential(size=count - 1)) / rate).tolist()]
