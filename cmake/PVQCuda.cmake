@@ -87,6 +87,7 @@ target_sources(_C PRIVATE
   csrc/cuda/pack.cu
   csrc/cuda/plan.cpp
   csrc/cuda/prefill_wgmma.cu
+  csrc/cuda/project_tokens.cu
   csrc/cuda/rotate_cluster.cu
   csrc/cuda/rotate_quantize.cu
   csrc/cuda/table.cpp

@@ -86,9 +86,9 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<pvq::cpu::LinearPlan>(m, "LinearPlan")
       .def(py::init<std::int64_t, const std::vector<std::pair<int, std::int64_t>>&, int, std::uint64_t, std::int64_t,
-                    std::int64_t, const std::vector<int>&>(),
+                    std::int64_t, const std::vector<int>&, int, int>(),
            py::arg("in_features"), py::arg("segments"), py::arg("num_planes"), py::arg("seed"), py::arg("first_column"),
-           py::arg("rotation_blocks"), py::arg("factors"))
+           py::arg("rotation_blocks"), py::arg("factors"), py::arg("group_size") = 0, py::arg("num_pulses") = 0)
       .def_readonly("in_features", &pvq::cpu::LinearPlan::in_features)
       .def_readonly("out_features", &pvq::cpu::LinearPlan::out_features)
       .def_readonly("packed_rows", &pvq::cpu::LinearPlan::packed_rows)

@@ -20,6 +20,18 @@ void check_layer(std::int64_t in_features, const std::vector<std::pair<int, std:
                                   " rows.");
 }
 
+void check_projection(std::int64_t in_features, int num_planes, const Projection& projection) {
+  const int d = projection.group_size, k = projection.num_pulses;
+  if (d == 0 && k == 0) return;
+  if (num_planes != 1) throw std::invalid_argument("num_planes must be 1 for activations that are projected onto a pyramid.");
+  if (d < kMinProjectedGroup || d > kMaxProjectedGroup || !is_power_of_two(d) || k < 1 || k > kMaxProjectedPulses)
+    throw std::invalid_argument("activations are projected onto S(" + std::to_string(d) + ", " + std::to_string(k) +
+                                "); the group must be a power of two from 8 to 256, the pulses 1 to 4096.");
+  if (in_features % d != 0)
+    throw std::invalid_argument("in_features is " + std::to_string(in_features) + "; with `pvq` activations in groups of " +
+                                std::to_string(d) + " it must be a multiple of that on every rank.");
+}
+
 std::int64_t rotation_block_width(std::int64_t in_features, std::int64_t rotation_blocks, const std::vector<int>& orders) {
   if (in_features % rotation_blocks != 0) throw std::invalid_argument("rotation_blocks does not divide in_features.");
   const std::int64_t width = in_features / rotation_blocks;

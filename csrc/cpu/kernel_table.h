@@ -13,6 +13,8 @@ constexpr CpuKernels make_table(const char* name, int activation_offset) {
       max_magnitude,
       quantize_a8,
       quantize_a16,
+      project,
+      quantize_pulses,
       finish,
   };
 }

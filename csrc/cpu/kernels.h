@@ -16,6 +16,7 @@
 #include <cstdint>
 
 #include "../codebook.h"
+#include "../projection.h"
 
 namespace pvq::cpu {
 
@@ -66,6 +67,12 @@ struct CpuKernels {
   std::int32_t (*quantize_a8)(const float* y, std::int64_t n, float inverse_scale, int offset, std::uint8_t* a);
   void (*quantize_a16)(const float* y, std::int64_t n, float inverse_scale, int offset, std::uint8_t* hi, std::uint8_t* lo,
                        std::int32_t* sum_hi, std::int32_t* sum_lo);
+  // The nearest point of S(D, K) to every group of D: p replaces y, s goes to scale [n / D]. Returns A, the largest s |p_i|;
+  // infinity for a token that is not finite.
+  float (*project)(float* y, std::int64_t n, int group_size, int num_pulses, float* scale);
+  // a_i = rint(p_i * (s * inverse_scale)) + offset; returns sum a_i without the offset.
+  std::int32_t (*quantize_pulses)(const float* pulses, std::int64_t n, int group_size, const float* scale, float inverse_scale,
+                                  int offset, std::uint8_t* a);
   void (*finish)(const FinishArgs&);
 };
 

@@ -2,6 +2,7 @@
 #include "linear.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <stdexcept>
@@ -38,22 +39,29 @@ class Scratch {
 
 std::size_t dtype_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
-// One token: load, rotate, quantize. planes[p] receives in_features bytes.
+// One token: load, rotate, project if the plan says so, quantize. planes[p] receives in_features bytes.
 void quantize_token(const LinearPlan& plan, const CpuKernels& kernels, const void* x, DType dtype, int offset,
                     std::uint8_t* const* planes, float* token_scale, std::int32_t* const* token_sum) {
   thread_local Scratch floats;
   const std::int64_t n = plan.in_features;
-  float* y = floats.get<float>(2 * n + 16);
+  const bool projected = plan.projection.group_size > 0;
+  float* y = floats.get<float>(2 * round_up(n, 16) + n / kMinProjectedGroup);
   float* scratch = y + round_up(n, 16);
+  float* group_scale = scratch + round_up(n, 16);
   kernels.load(x, dtype, plan.signs.empty() ? nullptr : plan.signs.data(), n, y);
   if (!plan.factors.empty())
     for (std::int64_t begin = 0; begin < n; begin += plan.block_width)
       kernels.rotate(y + begin, scratch, plan.block_width, plan.factors.data(), static_cast<int>(plan.factors.size()));
-  const std::uint32_t magnitude = kernels.max_magnitude(y, n);
   float largest;
-  std::memcpy(&largest, &magnitude, sizeof largest);
-  if (magnitude >= 0x7f800000u || largest < 0x1p-60f) {
-    *token_scale = magnitude >= 0x7f800000u ? std::numeric_limits<float>::quiet_NaN() : 0.0f;
+  if (projected) {
+    largest = kernels.project(y, n, plan.projection.group_size, plan.projection.num_pulses, group_scale);
+  } else {
+    const std::uint32_t magnitude = kernels.max_magnitude(y, n);
+    std::memcpy(&largest, &magnitude, sizeof largest);
+  }
+  const bool finite = std::isfinite(largest);
+  if (!finite || largest < 0x1p-60f) {
+    *token_scale = finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
     for (int p = 0; p < plan.num_planes; ++p) {
       std::memset(planes[p], offset, static_cast<std::size_t>(n));
       *token_sum[p] = 0;
@@ -61,7 +69,9 @@ void quantize_token(const LinearPlan& plan, const CpuKernels& kernels, const voi
     return;
   }
   *token_scale = largest * plan.scale_constant;
-  if (plan.num_planes == 1) {
+  if (projected) {
+    *token_sum[0] = kernels.quantize_pulses(y, n, plan.projection.group_size, group_scale, 127.0f / largest, offset, planes[0]);
+  } else if (plan.num_planes == 1) {
     *token_sum[0] = kernels.quantize_a8(y, n, 127.0f / largest, offset, planes[0]);
   } else {
     kernels.quantize_a16(y, n, 32512.0f / largest, offset, planes[0], planes[1], token_sum[0], token_sum[1]);
@@ -272,9 +282,11 @@ class TileProduct {
 }  // namespace
 
 LinearPlan::LinearPlan(std::int64_t in, const std::vector<std::pair<int, std::int64_t>>& parts, int planes, std::uint64_t seed,
-                       std::int64_t first_column, std::int64_t rotation_blocks, const std::vector<int>& orders)
-    : in_features(in), num_planes(planes) {
+                       std::int64_t first_column, std::int64_t rotation_blocks, const std::vector<int>& orders, int group_size,
+                       int num_pulses)
+    : in_features(in), num_planes(planes), projection{group_size, num_pulses} {
   check_layer(in, parts, planes);
+  check_projection(in, planes, projection);
   for (const auto& [codebook, rows] : parts) {
     Segment segment{static_cast<CodebookId>(codebook), rows};
     segment.blocks = (rows + kLanes - 1) / kLanes;

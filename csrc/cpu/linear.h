@@ -27,12 +27,14 @@ struct LinearPlan {
   std::int64_t block_width = 1;
   std::vector<RotationFactor> factors;
   std::vector<std::vector<float>> matrices;  // what factors point to
-  int num_planes = 1;                        // a8: 1, a16: 2
+  int num_planes = 1;                        // a8 and pvq: 1, a16: 2
   float scale_constant = 0;                  // c of format.md §6
+  Projection projection;                     // of pvq activations, which have one plane
 
   // rotation_blocks 0: no rotation. `first_column` is where this rank's columns start in the whole layer.
   LinearPlan(std::int64_t in_features, const std::vector<std::pair<int, std::int64_t>>& segments, int num_planes,
-             std::uint64_t seed, std::int64_t first_column, std::int64_t rotation_blocks, const std::vector<int>& factors);
+             std::uint64_t seed, std::int64_t first_column, std::int64_t rotation_blocks, const std::vector<int>& factors,
+             int group_size = 0, int num_pulses = 0);
   LinearPlan(const LinearPlan&) = delete;
 };
 

@@ -332,3 +332,5 @@ void load(const void* x, DType dtype, const float* signs, std::int64_t n, float*
   if (signs == nullptr) return widen_to_float(x, dtype, n, y);
   widen(x, dtype, n, y, [signs](float value, std::int64_t i) { return value * signs[i]; });
 }
+
+#include "project_loops.h"

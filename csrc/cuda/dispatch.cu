@@ -38,6 +38,7 @@ bool has_wgmma() {
 Tokens tokens_of(const CudaPlan& plan, const Constants& constants, const Call& call) {
   Tokens tokens{call.x, call.dtype, call.num_tokens, plan.in_features, plan.num_planes, plan.scale_constant, plan.rotation};
   tokens.rotation.signs = constants.signs;
+  tokens.projection = plan.projection;
   return tokens;
 }
 
@@ -49,6 +50,11 @@ Activations activations_of(const CudaPlan& plan, const Workspace& w, const Call&
           num_chunks(plan.in_features),
           w.padded_columns,
           plan.num_planes};
+}
+
+void make_activations(const Tokens& tokens, const Activations& out, cudaStream_t stream) {
+  if (tokens.projection.group_size > 0) return project_tokens(tokens, out, stream);
+  rotate_quantize(tokens, out, stream);
 }
 
 // Of a segment.
@@ -96,7 +102,8 @@ void linear(const CudaPlan& plan, const Constants& constants, const Call& call) 
   const Scratch scratch{reinterpret_cast<std::int32_t*>(call.workspace + w.partial), w.partial_elements, constants.counters};
   std::uint8_t* expanded = reinterpret_cast<std::uint8_t*>(call.workspace + w.expanded);
   const std::int64_t element_bytes = call.dtype == DType::kFloat32 ? 4 : 2;
-  const bool alone = chosen == Choice::kAuto && call.num_tokens == 1 && plan.segments.size() == 1;
+  const bool alone =
+      chosen == Choice::kAuto && call.num_tokens == 1 && plan.segments.size() == 1 && plan.projection.group_size == 0;
   bool quantized = false;
   for (const Segment& segment : plan.segments) {
     const Weight weight{segment.codebook,
@@ -110,7 +117,7 @@ void linear(const CudaPlan& plan, const Constants& constants, const Call& call) 
                         call.bias == nullptr ? nullptr : static_cast<const char*>(call.bias) + offset, call.dtype,
                         plan.out_features};
     if (alone && one_token(tokens, weight, output, scratch, call.stream)) return;
-    if (!quantized) rotate_quantize(tokens, a, call.stream);
+    if (!quantized) make_activations(tokens, a, call.stream);
     quantized = true;
     multiply(chosen, a, weight, output, scratch, expanded, call.stream);
   }
@@ -119,7 +126,7 @@ void linear(const CudaPlan& plan, const Constants& constants, const Call& call) 
 void quantize_activations(const CudaPlan& plan, const Constants& constants, const Call& call) {
   if (call.num_tokens <= 0) return;
   const Workspace w = plan.workspace(call.num_tokens);
-  rotate_quantize(tokens_of(plan, constants, call), activations_of(plan, w, call), call.stream);
+  make_activations(tokens_of(plan, constants, call), activations_of(plan, w, call), call.stream);
 }
 
 DeviceScope::DeviceScope(int device) {

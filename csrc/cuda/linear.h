@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../codebook.h"
+#include "../projection.h"
 #include "layout.h"
 
 namespace pvq::cuda {
@@ -28,9 +29,10 @@ struct Tokens {   // the input of one call
   const void* x;  // [num_tokens, in_features]
   DType dtype;
   std::int64_t num_tokens, in_features;
-  int num_planes;        // a8: 1, a16: 2
+  int num_planes;        // a8 and pvq: 1, a16: 2
   float scale_constant;  // c of format.md §6
   Rotation rotation;
+  Projection projection;  // of pvq
 };
 
 struct Activations {   // quantized (layout.h)
@@ -75,6 +77,9 @@ std::vector<std::uint32_t> device_table(CodebookId id);
 void rotate_quantize(const Tokens& tokens, const Activations& out, cudaStream_t stream);
 // Its version for few tokens; false if there is none for these.
 bool rotate_in_clusters(const Tokens& tokens, const Activations& out, cudaStream_t stream);
+
+// Rotate, project onto tokens.projection and quantize (format.md §5, §6).
+void project_tokens(const Tokens& tokens, const Activations& out, cudaStream_t stream);
 
 // Quantize and multiply in one launch: one token (both planes of it) without rotation, one segment. False for anything else.
 bool one_token(const Tokens& tokens, const Weight& weight, const Output& output, const Scratch& scratch, cudaStream_t stream);

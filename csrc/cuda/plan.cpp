@@ -21,9 +21,11 @@ constexpr std::int64_t kMaxPartialElements = std::int64_t{1} << 23;  // 32 MiB
 }  // namespace
 
 CudaPlan::CudaPlan(std::int64_t in, const std::vector<std::pair<int, std::int64_t>>& parts, int planes, std::uint64_t seed,
-                   std::int64_t first_column, std::int64_t rotation_blocks, const std::vector<int>& orders)
-    : in_features(in), num_planes(planes) {
+                   std::int64_t first_column, std::int64_t rotation_blocks, const std::vector<int>& orders, int group_size,
+                   int num_pulses)
+    : in_features(in), num_planes(planes), projection{group_size, num_pulses} {
   check_layer(in, parts, planes);
+  check_projection(in, planes, projection);
   for (const auto& [codebook, rows] : parts) {
     const CodebookId id = static_cast<CodebookId>(codebook);
     if (!segments.empty() && segments.back().codebook == id) {

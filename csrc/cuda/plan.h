@@ -27,14 +27,16 @@ struct Workspace {
 struct CudaPlan {
   std::int64_t in_features = 0, out_features = 0, packed_rows = 0, weight_bytes = 0;
   std::vector<Segment> segments;
-  int num_planes = 1;                    // a8: 1, a16: 2
+  int num_planes = 1;                    // a8 and pvq: 1, a16: 2
   float scale_constant = 0;              // c of format.md §6
   Rotation rotation;                     // its signs are an argument of the call
   std::vector<std::uint32_t> sign_bits;  // [in_features / 32 up], empty without rotation
+  Projection projection;                 // of pvq activations
 
   // The arguments of cpu::LinearPlan. Throws std::invalid_argument for what the kernels cannot do.
   CudaPlan(std::int64_t in_features, const std::vector<std::pair<int, std::int64_t>>& segments, int num_planes,
-           std::uint64_t seed, std::int64_t first_column, std::int64_t rotation_blocks, const std::vector<int>& factors);
+           std::uint64_t seed, std::int64_t first_column, std::int64_t rotation_blocks, const std::vector<int>& factors,
+           int group_size = 0, int num_pulses = 0);
 
   // for_prefill: with room for an expanded weight.
   Workspace workspace(std::int64_t num_tokens, bool for_prefill = false) const;
