@@ -15,10 +15,14 @@ const DASH = "–";
 const METRICS = {
   generated: ["vllm:generation_tokens_total"],
   prompted: ["vllm:prompt_tokens_total"],
-  finished: ["vllm:request_success_total"],
+  ended: ["vllm:request_success_total"], // by finished_reason, "abort" and "error" among them
   running: ["vllm:num_requests_running"],
   waiting: ["vllm:num_requests_waiting"],
   cache: ["vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"],
+  hits: ["vllm:prefix_cache_hits_total"],
+  queries: ["vllm:prefix_cache_queries_total"],
+  rejected: ["pvq_server_rejected_total"],
+  rejectedByEngine: ["vllm:admission_rejections_total"],
   cacheFacts: ["vllm:cache_config_info"],
   ttft: ["vllm:time_to_first_token_seconds_bucket"],
   perToken: [
@@ -28,7 +32,7 @@ const METRICS = {
   ],
   queue: ["vllm:request_queue_time_seconds_bucket"],
 };
-const COUNTERS = ["generated", "prompted", "finished"];
+const COUNTERS = ["generated", "prompted", "ended"];
 const LATENCIES = { ttft: "ttft", perToken: "per-token", queue: "queue" }; // metric: id of the table's row
 
 const $ = (id) => document.getElementById(id);
@@ -93,9 +97,8 @@ const rate = (value) =>
 const count = (value) => (value == null ? DASH : whole.format(value));
 
 /** Return a duration of ``seconds``: "83 ms", "1.24 s". */
-export function duration(seconds, largest) {
+export function duration(seconds) {
   if (seconds == null) return DASH;
-  if (seconds === Infinity) return `> ${duration(largest)}`;
   if (seconds >= 1) return `${seconds.toFixed(seconds >= 10 ? 0 : 2)} s`;
   return `${(seconds * 1000).toFixed(seconds >= 0.01 ? 0 : 1)} ms`;
 }
@@ -132,12 +135,21 @@ function keep(value) {
   $("forget").hidden = !value;
 }
 
+/** Go on with another key, or none. */
+function unlock(value) {
+  keep(value);
+  if (!value) showFacts([["Model", null]]);
+  locked = false;
+  toldAt = -Infinity;
+  poll();
+}
+
 const headers = () => (key ? { Authorization: `Bearer ${key}` } : {});
 
 /** Fetch ``path`` with the key; Refused if the server wants another one. */
 async function get(path) {
   const answer = await fetch(path, { headers: headers(), cache: "no-store", signal: AbortSignal.timeout(TIMEOUT_MS) });
-  if (answer.status === 401 || answer.status === 403) throw new Refused();
+  if (answer.status === 401) throw new Refused();
   return answer;
 }
 
@@ -158,8 +170,8 @@ async function readiness() {
 
 let history = []; // of {time (s), counters, histograms}, oldest first
 let toldAt = -Infinity; // when the model was last asked for, ms
-let startedAt = null; // ms since the epoch
 let facts = {}; // of the cache, from /metrics
+let locked = false; // the server has refused the key, or its absence: nothing guarded is asked for again until a new one comes
 
 function take(metrics, time) {
   const values = (names) => samples(metrics, names);
@@ -172,11 +184,19 @@ function take(metrics, time) {
 
   show("running", count(sum(values(METRICS.running))));
   show("waiting", count(sum(values(METRICS.waiting))));
-  show("finished", count(now.counters.finished));
+  const ended = values(METRICS.ended);
+  const because = (reason) => ended && sum(ended.filter(({ labels }) => labels.finished_reason === reason));
+  show("aborted", count(because("abort")));
+  show("errors", count(because("error")));
+  show("finished", count(ended && sum(ended) - because("abort") - because("error")));
+  const [rejected, byEngine] = [values(METRICS.rejected), values(METRICS.rejectedByEngine)];
+  show("refused", count(rejected || byEngine ? sum(rejected ?? []) + sum(byEngine ?? []) : null));
+  const [hits, queries] = [sum(values(METRICS.hits)), sum(values(METRICS.queries))];
+  show("cached", hits != null && queries ? `${((100 * hits) / queries).toFixed(0)}%` : DASH);
   const use = values(METRICS.cache);
   showCache(use && sum(use) / use.length);
   facts = values(METRICS.cacheFacts)?.[0].labels ?? {};
-  for (const [id, name] of [["generated", "generated"], ["prompted", "prompted"], ["requests", "finished"]])
+  for (const [id, name] of [["generated", "generated"], ["prompted", "prompted"], ["requests", "ended"]])
     show(id, rate(rateOf(name, history.length - 1)));
   for (const [name, row] of Object.entries(LATENCIES)) showLatency(name, row, now);
   draw(time);
@@ -206,11 +226,16 @@ function showLatency(name, row, now) {
   const recent = all && minus(all, earlier);
   const some = recent?.at(-1)?.[1] > 0;
   const buckets = some ? recent : all;
-  const largest = buckets?.filter(([bound]) => bound !== Infinity).at(-1)?.[0];
   $(row).querySelector("small").textContent = !buckets?.at(-1)?.[1] ? "" : some ? "last minute" : "since the start";
   $(row).querySelectorAll("td").forEach((cell, index) => {
-    cell.textContent = duration(quantile([0.5, 0.9, 0.99][index], buckets), largest);
+    cell.textContent = about(quantile([0.5, 0.9, 0.99][index], buckets), buckets);
   });
+}
+
+/** Return a quantile as text; of one in the first or last bucket only its bound is known. */
+function about(seconds, buckets) {
+  if (seconds === Infinity) return `> ${duration(buckets.at(-2)?.[0])}`;
+  return seconds != null && seconds <= buckets[0][0] ? `< ${duration(buckets[0][0])}` : duration(seconds);
 }
 
 function draw(time) {
@@ -230,7 +255,7 @@ function roundUp(value) {
 }
 
 function blank() {
-  for (const id of ["generated", "prompted", "requests", "running", "waiting", "finished"]) show(id, DASH);
+  for (const figure of document.querySelectorAll("#generated, .figures dd")) figure.textContent = DASH;
   showCache(null);
   for (const row of Object.values(LATENCIES)) for (const cell of $(row).querySelectorAll("td")) cell.textContent = DASH;
 }
@@ -240,6 +265,15 @@ function showState(state, name, reason = "") {
   show("state-name", name); // only a change is announced
   show("reason", reason);
   $("reason").hidden = !reason;
+}
+
+function showReadiness({ ready, reason }) {
+  const because = reason ? `: ${reason}.` : ".";
+  if (ready) showState("ready", "Ready");
+  else if (/fail|dead|died/i.test(reason)) showState("failed", "Failed", `The engine cannot answer${because}`);
+  else if (/load/i.test(reason)) showState("waiting", "Loading", `The server will take requests soon${because}`);
+  else if (/drain|shutting/i.test(reason)) showState("waiting", "Draining", `The server takes no new requests${because}`);
+  else showState("waiting", "Not ready", `The server takes no requests now${because}`);
 }
 
 /** Return [path, value] of the plain values in ``config``, two levels deep; lists and tables are left out. */
@@ -262,8 +296,7 @@ function showModel(info, models) {
     select.replaceChildren(...names.map((name) => new Option(name, name)));
   $("model-label").hidden = names.length < 2;
   if (!info) return;
-  startedAt = info.uptime_s == null ? null : Date.now() - 1000 * info.uptime_s;
-  const rows = [
+  showFacts([
     ["Model", info.model],
     ["Architecture", info.architectures?.join(", ")],
     ["Context", info.max_model_len_tokens && `${whole.format(info.max_model_len_tokens)} tokens`],
@@ -273,8 +306,11 @@ function showModel(info, models) {
     ...plain(info.quantization_config).map(([name, value]) => [name[0].toUpperCase() + name.slice(1), value]),
     ["KV cache", Number(facts.kv_cache_memory_bytes) ? bytes(Number(facts.kv_cache_memory_bytes)) : null],
     ["Versions", Object.entries(info.versions ?? {}).map(([name, version]) => `${name} ${version}`).join(", ")],
-    ["Started", startedAt && `${age((Date.now() - startedAt) / 1000)} ago`],
-  ];
+    ["Started", info.uptime_s == null ? null : `${age(info.uptime_s)} ago`],
+  ]);
+}
+
+function showFacts(rows) {
   $("facts").replaceChildren(...rows.map(([name, value]) => {
     const row = document.createElement("div");
     row.append(Object.assign(document.createElement("dt"), { textContent: name }));
@@ -284,28 +320,24 @@ function showModel(info, models) {
 }
 
 function askForKey() {
-  showState("waiting", "Key needed");
-  blank();
-  if ($("key-form").hidden) {
-    $("key-form").hidden = false;
-    show("key-error", key ? "The server refuses this key." : "");
-    $("key").focus();
-  }
+  locked = true;
+  show("key-error", key ? "The server refuses this key." : "");
+  if (!$("key-form").hidden) return;
+  $("key-form").hidden = false;
+  if (document.activeElement === document.body) $("key").focus();
 }
 
 async function poll() {
   try {
     const [state, metrics] = await Promise.all([readiness(), get("metrics")]);
-    $("key-form").hidden = true;
     const text = metrics.ok ? await metrics.text() : "";
     if (text) take(parseMetrics(text), performance.now() / 1000);
     else blank();
-    if (state.ready) showState("ready", "Ready");
-    else if (/fail|dead|died|error/i.test(state.reason)) showState("failed", "Failed", `The engine cannot answer: ${state.reason}.`);
-    else showState("waiting", "Not ready", `The server takes no requests now: ${state.reason || "no reason given"}.`);
-    if (performance.now() - toldAt > INFO_MS) {
+    showReadiness(state);
+    if (state.ready && !locked && performance.now() - toldAt > INFO_MS) {
       const [info, models] = await Promise.all(["pvq/info", "v1/models"].map((path) => get(path).then(json)));
       showModel(info, models);
+      $("key-form").hidden = true;
       if (info) toldAt = performance.now();
     }
   } catch (error) {
@@ -355,7 +387,10 @@ async function* readable(stream) {
 
 /** Return one sentence for an answer that is not 200. */
 async function complaint(answer) {
-  if (answer.status === 401) return "The server refuses the key.";
+  if (answer.status === 401) {
+    askForKey();
+    return "The server asks for a valid key.";
+  }
   const body = await answer.json().catch(() => null);
   const detail = body?.error?.message ?? body?.message ?? (typeof body?.detail === "string" ? body.detail : "");
   const wait = answer.headers.get("Retry-After");
@@ -456,17 +491,9 @@ document.addEventListener("keydown", (event) => {
 });
 $("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  keep($("key").value);
+  unlock($("key").value);
   $("key").value = "";
-  $("key-form").hidden = true;
-  toldAt = -Infinity;
-  poll();
 });
-$("forget").addEventListener("click", () => {
-  keep(null);
-  history = [];
-  toldAt = -Infinity;
-  poll();
-});
+$("forget").addEventListener("click", () => unlock(null));
 $("forget").hidden = !key;
 pollForever();
