@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """One log line, one set of metrics and one id for each request."""
 
+import asyncio
 import logging
 import re
 import time
 import uuid
 
 from server import metrics
-from server.asgi import App, Message, Receive, Scope, Send, header
+from server.asgi import App, Message, Receive, Scope, Send, header, send_error
 
 logger = logging.getLogger("pvq.access")
 
@@ -52,6 +53,10 @@ class RequestLog:
 
         try:
             await self.app(scope, receive, send_with_id)
+        except asyncio.CancelledError:  # the server ends and this request had no time left
+            if status:
+                raise
+            await send_error(send_with_id, 503, "the server ended before it could answer", "server_ended")
         finally:
             self._record(scope, request_id, status, start, first_byte_s, sent_bytes, complete)
 

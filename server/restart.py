@@ -20,7 +20,7 @@ from server import metrics
 
 WINDOW_S = 600.0
 _VARIABLE = "_PVQ_SERVE_RESTART"  # the socket's number and the times of restarts, from one image to the next
-_CHILDREN_TIMEOUT_S = 20.0
+_GRACE_S, _KILL_TIMEOUT_S = 1.0, 20.0
 
 
 def inherited() -> tuple[socket.socket | None, list[float]]:
@@ -54,12 +54,23 @@ def restart(listener: socket.socket, times: Sequence[float]) -> NoReturn:
 
 def end_children() -> None:
     """End what is left of the engine's processes, so that their memory is free before a new engine starts."""
-    children = psutil.Process().children(recursive=True)
-    _, alive = psutil.wait_procs(children, timeout=_CHILDREN_TIMEOUT_S / 4)
+    children = [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if not _is_resource_tracker(process)  # it ends with this image and frees what they have left
+    ]
+    _, alive = psutil.wait_procs(children, timeout=_GRACE_S)
     for process in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(alive, timeout=_CHILDREN_TIMEOUT_S)
+    psutil.wait_procs(alive, timeout=_KILL_TIMEOUT_S)
+
+
+def _is_resource_tracker(process: psutil.Process) -> bool:
+    try:
+        return any("resource_tracker" in part for part in process.cmdline())
+    except psutil.Error:
+        return False
 
 
 def exit_at_the_latest(seconds: float, status: int) -> None:

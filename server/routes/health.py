@@ -9,11 +9,14 @@ These routes answer while the server takes requests; ``server.gate`` answers in 
 """
 
 import asyncio
+import time
 
 from fastapi import APIRouter, Request, Response
 
 from server.dependencies import Engine, EngineDep
 from server.schemas import Readiness
+
+_POLL_S = 0.1
 
 probe_router = APIRouter(tags=["probes"])
 ready_router = APIRouter(prefix="/pvq", tags=["pvq"])
@@ -29,13 +32,22 @@ async def _ask(engine: Engine) -> Readiness:
 
 
 async def readiness(engine: Engine, timeout_s: float) -> Readiness:
-    """Return whether ``engine`` answers within ``timeout_s`` seconds and takes requests."""
+    """Return whether ``engine`` answers within ``timeout_s`` seconds and takes requests; at once if it dies
+    meanwhile, which would leave the question without an answer.
+    """
+    asked = asyncio.ensure_future(_ask(engine))
+    end = time.monotonic() + timeout_s
     try:
-        return await asyncio.wait_for(_ask(engine), timeout_s)
-    except TimeoutError:
-        return Readiness(ready=False, reason=f"the engine did not answer within {timeout_s:g} s")
+        while not asked.done() and not engine.errored:
+            left_s = end - time.monotonic()
+            if left_s <= 0:
+                return Readiness(ready=False, reason=f"the engine did not answer within {timeout_s:g} s")
+            await asyncio.wait({asked}, timeout=min(left_s, _POLL_S))
+        return asked.result() if asked.done() else Readiness(ready=False, reason="the engine died")
     except Exception as error:  # whatever it is, an engine that cannot be asked cannot answer
         return Readiness(ready=False, reason=f"the engine failed: {type(error).__name__}")
+    finally:
+        asked.cancel()
 
 
 @probe_router.get("/health", response_class=Response)

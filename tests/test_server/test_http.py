@@ -330,3 +330,13 @@ def test_a_request_has_one_id_everywhere(start, caplog, given, kept):
     assert server.app.headers[-1][b"x-request-id"].decode() == request_id
     assert caplog.records[-1].facts["request_id"] == request_id
     assert caplog.records[-1].facts["status"] == 200
+
+
+def test_a_request_that_is_cut_off_before_its_answer_is_told_so(start):
+    server = start(drain_timeout_s=0)
+    with server.connect() as connection:
+        connection.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n12")  # never complete
+        while not server.state.running:
+            time.sleep(0.01)
+        server.loop.call_soon_threadsafe(server.drain.start)
+        assert status_and_code(read_all(connection)) == (503, "server_ended")

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
+import asyncio
+
 import pytest
 
+from server.routes.health import readiness
 from server.state import Phase
 
 KEY = "correct horse"
@@ -53,7 +56,7 @@ def test_health_replaces_the_old_one_and_says_alive(app_client, fake_engine):
     [
         ("sleeping", True, "sleeps"),
         ("paused", True, "paused"),
-        ("errored", True, "RuntimeError"),
+        ("errored", True, "died"),
         ("delay_s", 5.0, "did not answer within 0.2 s"),
     ],
 )
@@ -64,6 +67,18 @@ def test_ready_is_false_when_the_engine_cannot_answer(app_client, fake_engine, p
     response = client.get(path)
     assert response.status_code == 503
     assert response.json()["ready"] is False and reason in response.json()["reason"]
+
+
+def test_a_question_to_an_engine_that_dies_meanwhile_is_answered(fake_engine):
+    async def scenario():
+        fake_engine.delay_s = 60.0
+        asked = asyncio.create_task(readiness(fake_engine, 60.0))
+        await asyncio.sleep(0.01)
+        fake_engine.errored = True
+        return await asyncio.wait_for(asked, 5)
+
+    state = asyncio.run(scenario())
+    assert not state.ready and state.reason == "the engine died"
 
 
 @pytest.mark.parametrize(
