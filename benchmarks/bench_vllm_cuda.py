@@ -24,7 +24,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ("fp16", "int4", "fp8", "pvq4", "pvq3")
-KNOWN_MODELS = (*MODELS, "pvq2")
+RESIDUAL = "-residual"  # pvq models with the rotation of the residual stream folded into the weights
+KNOWN_MODELS = (*MODELS, "pvq2", *(name + RESIDUAL for name in ("pvq4", "pvq3", "pvq2")))
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, VOCABULARY = 4096, 14336, 32, 8, 32000
 PROMPT_TOKENS = 16  # of the decode cases
 PROFILED_STEPS = 32
@@ -50,14 +51,17 @@ def quantization_config(model: str, layers: int, activation: str, head: str) -> 
         linear = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
         linear += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
         names = [f"model.layers.{layer}.{name}" for layer in range(layers) for name in linear]
-        modules: dict[str, dict] = {name: {"rotation_blocks": 1} for name in names}
+        folded = int(model.endswith(RESIDUAL))  # only down_proj's input is rotated at run time
+        modules: dict[str, dict] = {
+            name: {"rotation_blocks": 1 - folded * (not name.endswith("down_proj"))} for name in names
+        }
         if head != "none":
-            modules["lm_head"] = {"rotation_blocks": 1, "codebook": {"name": head}}
+            modules["lm_head"] = {"rotation_blocks": 1 - folded, "codebook": {"name": head}}
         return {
             "quant_method": "pvq",
             "format_version": 1,
             "activation": activation,
-            "codebook": {"name": model},
+            "codebook": {"name": model.removesuffix(RESIDUAL)},
             "rotation": {
                 "seed": 0,
                 "factors": {str(HIDDEN): [HIDDEN], str(INTERMEDIATE): [28, INTERMEDIATE // 28]},
@@ -337,7 +341,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", default=",".join(MODELS), help="default: %(default)s; also pvq2")
+    parser.add_argument(
+        "--models", default=",".join(MODELS), help="default: %(default)s; also pvq2, pvq4-residual, ..."
+    )
     parser.add_argument("--batches", default="1,16,64", help="of the decode cases; may be empty")
     parser.add_argument(
         "--prefill", default="8x2048", help="prompts x tokens, or empty (default: %(default)s)"
