@@ -300,7 +300,7 @@ function showModel(info, models) {
     ["Model", info.model],
     ["Architecture", info.architectures?.join(", ")],
     ["Context", info.max_model_len_tokens && `${whole.format(info.max_model_len_tokens)} tokens`],
-    ["Activations", info.dtype],
+    ["Data type", info.dtype],
     ["Weights on disk", info.weight_bytes && bytes(info.weight_bytes)],
     ["Quantization", info.quantization || "none"],
     ...plain(info.quantization_config).map(([name, value]) => [name[0].toUpperCase() + name.slice(1), value]),
