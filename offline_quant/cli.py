@@ -82,7 +82,9 @@ def quantize(
             help="Largest tensor-parallel size to serve with: rotates o_proj and down_proj in so many blocks."
         ),
     ] = 1,
-    activation: Annotated[str, typer.Option(help="Activation mode to serve with: a8 or a16.")] = "a8",
+    activation: Annotated[
+        str, typer.Option(help="Activation mode to serve with: a8, a16 or pvq:D,K (pyramids, as pvq:16,58).")
+    ] = "a8",
     device: Annotated[
         str, typer.Option(help="Where to compute: cpu, cuda, or auto (a GPU if there is one).")
     ] = "auto",

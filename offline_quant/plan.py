@@ -5,9 +5,10 @@ import os
 import re
 from dataclasses import dataclass
 
+from pvq_vllm.codec.activation import check_width, parse_activation
 from pvq_vllm.codec.canonical import AMPLITUDES
 from pvq_vllm.codec.errors import PVQError
-from pvq_vllm.codec.format import ACTIVATIONS, CheckpointConfig, Codebook, ModuleSpec, expected_tensors
+from pvq_vllm.codec.format import CheckpointConfig, Codebook, ModuleSpec, expected_tensors
 from pvq_vllm.codec.rotation import rotation_layout
 
 from .model_source import ModelSource
@@ -67,7 +68,7 @@ class Settings:
     def __post_init__(self) -> None:
         _one_of("--lm-head", self.lm_head_bits, (16, 8, 4))
         _one_of("--embeddings", self.embedding_bits, (16, 8))
-        _one_of("--activation", self.activation, ACTIVATIONS)
+        parse_activation(self.activation, "--activation")
         if self.max_block is None:
             _one_of("--rotation", self.rotation, (*ROTATIONS, "block:N"))
         elif self.max_block < SMALLEST_BLOCK:
@@ -182,6 +183,7 @@ def plan_checkpoint(source: ModelSource, settings: Settings) -> CheckpointConfig
             option = "--lm-head 16" if name == source.head_name else f"--override '{re.escape(name)}=16'"
             where = "" if name in str(error) else f"{name}: "
             raise PVQError(f"{where}{error}: {remedy} it unquantized with {option}") from error
+        check_width(settings.activation, in_features // splits, name)
         if blocks:
             factors[in_features // blocks] = list(orders)
         modules[name] = ModuleSpec(codebook, blocks)

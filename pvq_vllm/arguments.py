@@ -71,22 +71,34 @@ class PlanArguments(NamedTuple):
     first_column: int
     rotation_blocks: int
     factors: list[int]
+    group_size: int = 0  # of the projection of `pvq` activations, as num_pulses; 0, 0: none
+    num_pulses: int = 0
 
     @classmethod
     def parse(cls, text: str) -> PlanArguments:
-        in_features, parts, planes, seed, first_column, blocks, orders = text.split(";")
+        in_features, parts, planes, seed, first_column, blocks, orders, *projection = text.split(";")
         segments = [(int(c), int(r)) for c, r in (p.split(":") for p in parts.split(","))]
         factors = [int(f) for f in orders.split("x")] if orders else []
+        group_size, num_pulses = projection[0].split(",") if projection else (0, 0)
         return cls(
-            int(in_features), segments, int(planes), int(seed), int(first_column), int(blocks), factors
+            int(in_features),
+            segments,
+            int(planes),
+            int(seed),
+            int(first_column),
+            int(blocks),
+            factors,
+            int(group_size),
+            int(num_pulses),
         )
 
     def __str__(self) -> str:
         parts = ",".join(f"{codebook}:{rows}" for codebook, rows in self.segments)
         orders = "x".join(str(f) for f in self.factors)
+        projection = f";{self.group_size},{self.num_pulses}" if self.group_size else ""
         return (
             f"{self.in_features};{parts};{self.num_planes};{self.seed};{self.first_column};"
-            f"{self.rotation_blocks};{orders}"
+            f"{self.rotation_blocks};{orders}{projection}"
         )
 
 

@@ -2,8 +2,8 @@
 """``quantization_config`` of a PVQ checkpoint as vLLM wants to see it, and which layer gets which method.
 
 Works with vLLM 0.24 to 0.33, whose interfaces differ in the arguments they pass, see the ``**`` below. The
-environment variable PVQ_ACTIVATION (a8 or a16) overrides the checkpoint's activation mode. It is read once,
-where vLLM reads the model's configuration, and reaches the workers and the compile cache with it.
+environment variable PVQ_ACTIVATION (a8, a16 or pvq:D,K) overrides the checkpoint's activation mode. It is
+read once, where vLLM reads the model's configuration, and reaches the workers and the compile cache with it.
 """
 
 import os
@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
+from pvq_vllm.codec.activation import parse_activation
 from pvq_vllm.codec.errors import PVQError
-from pvq_vllm.codec.format import ACTIVATIONS, QUANT_METHOD, CheckpointConfig, check_checkpoint
+from pvq_vllm.codec.format import QUANT_METHOD, CheckpointConfig, check_checkpoint
 
 # What almost every dense model of vLLM fuses; a model's own packed_modules_mapping goes first.
 _USUAL_FUSED_MODULES = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -163,6 +164,6 @@ class PVQConfig(QuantizationConfig):
 def activation_from_environment() -> str | None:
     """Return PVQ_ACTIVATION, None if it is not set; PVQError if it is no mode of docs/format.md section 6."""
     activation = os.environ.get("PVQ_ACTIVATION")
-    if activation and activation not in ACTIVATIONS:
-        raise PVQError(f"PVQ_ACTIVATION is {activation!r}, but must be one of {', '.join(ACTIVATIONS)}")
+    if activation:
+        parse_activation(activation, "PVQ_ACTIVATION")
     return activation or None

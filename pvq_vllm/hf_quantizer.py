@@ -18,6 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pvq_vllm import ops
+from pvq_vllm.codec.activation import check_width
 from pvq_vllm.codec.errors import PVQError
 from pvq_vllm.codec.format import QUANT_METHOD, CheckpointConfig, ModuleSpec, check_checkpoint
 from pvq_vllm.parameter import canonical_to_int8
@@ -94,10 +95,12 @@ class PVQLinear(_PackedModule):
         """Pack the loaded tensors for the kernel, once, and free them.
 
         Raises:
-            PVQError: a scale is not finite or a code out of range.
+            PVQError: a scale is not finite, a code out of range, or the width no multiple of an activation's
+                group.
         """
         codes, codebook, scale = self._take_loaded()
         blocks = self.spec.rotation_blocks
+        check_width(self.config.activation, self.in_features, self.name)
         plan = ops.make_plan(
             [(codebook, self.out_features)],
             self.in_features,

@@ -15,6 +15,7 @@ import torch
 from vllm.model_executor.layers.linear import LinearMethodBase
 
 from pvq_vllm import ops
+from pvq_vllm.codec.activation import check_width
 from pvq_vllm.codec.errors import PVQError
 from pvq_vllm.codec.format import CheckpointConfig, Codebook, read_shard_headers
 from pvq_vllm.parameter import LayerWeights, Shard
@@ -57,8 +58,8 @@ class PVQLinearMethod(LinearMethodBase):
         """Allocate the buffers that the checkpoint is loaded into; ``params_dtype`` plays no part.
 
         Raises:
-            PVQError: an unknown rotation, or ranks that would cut through one of its blocks or a group; a GPU
-                that cannot run the layer.
+            PVQError: an unknown rotation, or ranks that would cut through one of its blocks or a group, of weights
+                or of activations; a GPU that cannot run the layer.
         """
         ranks = input_size // input_size_per_partition
         width, rest = divmod(input_size, self.rotation_blocks or 1)
@@ -72,6 +73,7 @@ class PVQLinearMethod(LinearMethodBase):
                 f"{self.names[0]} is rotated in {self.rotation_blocks} block(s), which {ranks} "
                 f"tensor-parallel ranks cannot share: quantize the model again with --tensor-parallel {ranks}"
             )
+        check_width(self.config.activation, input_size_per_partition, self.names[0])
         rank = layer.tp_rank if ranks > 1 else 0
         layer.pvq_weights = LayerWeights(
             layer_shards(self.config, self.names, layer, output_partition_sizes, output_size),

@@ -23,11 +23,11 @@ from pvq_vllm.arguments import (
     require,
     view_codes,
 )
+from pvq_vllm.codec.activation import parse_activation
 from pvq_vllm.codec.errors import PVQError
 from pvq_vllm.codec.serving import GROUP_SIZE, SERVING, codebook_id
 
 LANES = 16  # rows of a packed block (csrc/cpu/kernels.h)
-_ACTIVATIONS = {"a8": 1, "a16": 2}  # planes of int8
 
 
 def cpu_isa() -> str:
@@ -64,15 +64,14 @@ def make_plan(
         segments: (codebook, rows) of consecutive output rows; codebook is pvq2, pvq3, pvq4 or int8.
         in_features: columns on this rank; first_column: where they start in the whole layer.
         rotation_blocks: blocks on this rank, 0 for no rotation; factors: of one block.
-        activation: a8 or a16.
+        activation: a8, a16 or pvq:D,K, whose D must divide in_features.
     Raises:
         PVQError: an argument out of range.
     """
-    if activation not in _ACTIVATIONS:
-        raise PVQError(f"activation is {activation!r}; use a8 or a16.")
+    planes, group_size, num_pulses = parse_activation(activation)
     parts = [(codebook_id(name), rows) for name, rows in segments]
-    planes = _ACTIVATIONS[activation]
-    plan = str(PlanArguments(in_features, parts, planes, seed, first_column, rotation_blocks, factors or []))
+    arguments = (in_features, parts, planes, seed, first_column, rotation_blocks, factors or [])
+    plan = str(PlanArguments(*arguments, group_size, num_pulses))
     _plan(plan)
     return plan
 

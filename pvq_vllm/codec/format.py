@@ -14,13 +14,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .activation import parse_activation
 from .errors import PVQError
 from .pyramid import index_bits
 from .safetensors_header import TensorInfo, read_safetensors_header
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "pvq"
-ACTIVATIONS = ("a8", "a16")
 GROUP = 8  # weights that share one code in the fixed-rate codebooks
 BYTES_PER_GROUP = {"pvq2": 2, "pvq3": 3, "pvq4": 4, "int8": 8}
 CODEBOOK_NAMES = (*BYTES_PER_GROUP, "canonical")
@@ -167,10 +167,7 @@ class CheckpointConfig:
             )
         keys = {"quant_method", "format_version", "activation", "codebook", "rotation", "modules"}
         _strict(entry, where, keys)
-        if entry["activation"] not in ACTIVATIONS:
-            raise PVQError(
-                f"{where}.activation is {entry['activation']!r}, but must be one of {', '.join(ACTIVATIONS)}"
-            )
+        parse_activation(entry["activation"], f"{where}.activation")
         default = Codebook.from_dict(entry["codebook"], f"{where}.codebook")
         rotation = _strict(entry["rotation"], f"{where}.rotation", {"seed", "factors"})
         seed = _integer(rotation["seed"], f"{where}.rotation.seed", 0, 2**64 - 1)
