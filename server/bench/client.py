@@ -121,7 +121,8 @@ async def send(
     except (TimeoutError, openai.APITimeoutError, httpx2.TimeoutException):
         record.fail(TIMEOUT, f"no answer within {options.timeout_s:g} s")
     except openai.APIStatusError as error:
-        record.fail(f"http {error.status_code}", error.message)
+        body = error.body if isinstance(error.body, dict) else {}
+        record.fail(f"http {error.status_code}", body.get("message") or error.message)
     except openai.APIConnectionError as error:
         record.fail(CONNECTION, error.__cause__ or error)
     except httpx2.HTTPError as error:

@@ -10,10 +10,15 @@ tokens), "error" (an error event), "silent" (no usage), "slow" (never a token), 
 
 import argparse
 import asyncio
+import contextlib
 import json
 import math
+import threading
+import time
+from collections.abc import Iterator
 from typing import Any
 
+import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
@@ -118,9 +123,24 @@ def event(choices: list[dict[str, Any]], usage: dict[str, int] | None = None) ->
     return f"data: {json.dumps({'choices': choices, 'usage': usage}, ensure_ascii=False)}\n\n"
 
 
-if __name__ == "__main__":
-    import uvicorn
+@contextlib.contextmanager
+def running(app: FastAPI) -> Iterator[str]:
+    """Serve ``app`` in a thread on a free port of 127.0.0.1; yield its URL."""
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="critical", timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive(), "the fake server did not start"
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(10)
 
+
+if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("port", type=int)
     parser.add_argument("--ttft", type=float, default=0.02)

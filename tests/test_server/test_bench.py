@@ -1,141 +1,214 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The load test against canned results of vLLM's client: what is counted, what is written, what ends with
-which status.
-"""
+"""``pvq bench`` from the command line to its results folder, on small servers without a model."""
 
+import csv
+import html.parser
 import json
-import math
+import signal
+import xml.etree.ElementTree
 
+import numpy
 import pytest
 
 from pvq_vllm import cli
-from server.bench import client
-from server.bench.picture import draw
-from server.bench.results import point_from_result, point_without_result, report, table
-from server.errors import ServerError
+from server.bench import intervals, page, results
+from server.bench import plan as planning
+from server.bench.metrics import ttft_ms
+from server.bench.target import find_target
+from server.bench.workload import CONCURRENCY, Lengths, RandomPrompts
+from tests.test_server.fake_openai import make_app, running
 
-# Cut down from a result of `vllm bench serve --save-detailed` (0.32.0).
-RESULT = {
-    "duration": 10.5,
-    "completed": 6,
-    "failed": 2,
-    "request_throughput": 0.57,
-    "output_throughput": 9.15,
-    **{
-        f"{kind}_{name}_ms": 100.0 + offset
-        for offset, kind in enumerate(("mean", "median", "p90", "p99"))
-        for name in ("ttft", "tpot", "itl", "e2el")
-    },
-    "p50_ttft_ms": 999.0,
-    "errors": ["", "", "Bad Request", "", "Traceback\n  File\nBad Request", "", "", ""],
-}
-TARGET = client.Target("http://127.0.0.1:9", "demo", "/models/demo", "key")
-NONE = dict.fromkeys(("mean", "p50", "p90", "p99"))
+NAME = 'the <b>"new"</b> & one [red]'
 
 
-def test_failed_requests_are_counted_apart_and_by_reason():
-    point = point_from_result(4, RESULT)
-    assert (point.completed, point.failed, point.errors) == (6, 2, {"Bad Request": 2})
-    assert point.ttft_ms == {"mean": 100.0, "p50": 101.0, "p90": 102.0, "p99": 103.0}
-    assert (point.output_tokens_per_s, point.requests_per_s, point.duration_s) == (9.15, 0.57, 10.5)
+@pytest.fixture(scope="module")
+def urls():
+    """Two servers that ask for a key; the second takes half the time."""
+    with (
+        running(make_app(0.02, 0.004, model="demo", key="key")) as slow,
+        running(make_app(0.01, 0.002, model="demo", key="key")) as fast,
+    ):
+        yield slow, fast
 
 
-def test_statistics_of_nothing_are_absent_not_zero():
-    nothing = {**RESULT, "completed": 0, "failed": 8, "mean_ttft_ms": 0.0, "mean_tpot_ms": math.nan}
-    point = point_from_result(1, nothing)
-    assert point.ttft_ms == point.tpot_ms == NONE
-    assert point_from_result(1, {**RESULT, "mean_tpot_ms": math.nan}).tpot_ms["mean"] is None
+@pytest.fixture(autouse=True)
+def api_key(monkeypatch):
+    monkeypatch.setenv("PVQ_API_KEY", "key")
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
 
 
-def test_report_adds_up_and_is_strict_json():
-    points = [point_from_result(1, RESULT), point_without_result(2, 8, "no result")]
-    made = report(points, model="demo", axis=client.CONCURRENCY)
-    assert (made["completed"], made["failed"], made["model"]) == (6, 10, "demo")
-    assert json.loads(json.dumps(made, allow_nan=False)) == made
-    assert [point["load"] for point in made["points"]] == [1, 2]
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Leave out what takes seconds and is tested with ``folder``: the plots, and most resamples."""
+    monkeypatch.setattr(page, "plots", lambda *arguments: [])
+    monkeypatch.setattr(intervals, "RESAMPLES", 100)
 
 
-def test_picture_and_table_also_of_a_load_that_failed(tmp_path):
-    points = [point_from_result(None, RESULT), point_without_result(2, 8, "no result")]
-    draw(points, client.REQUEST_RATE, "title", tmp_path / "load.png")
-    assert (tmp_path / "load.png").read_bytes().startswith(b"\x89PNG")
-    assert table(points, client.REQUEST_RATE).row_count == 2
+@pytest.fixture(scope="module")
+def folder(urls, tmp_path_factory):
+    """The results of two servers, two loads and two rounds."""
+    out = tmp_path_factory.mktemp("bench") / "two"
+    command = ["bench", "--url", urls[0], "--label", "old", "--url", urls[1], "--label", NAME]
+    command += ["--concurrency", "1,2", "--requests", "8", "--rounds", "2", "--ttft-objective-ms", "5000"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PVQ_API_KEY", "key")
+        patch.setattr(intervals, "RESAMPLES", 100)
+        assert cli.main([*command, "--input-tokens", "5-9", "--output-tokens", "6", "--out", str(out)]) == 0
+    return out
 
 
-@pytest.mark.parametrize(
-    ("text", "flag", "loads"),
-    [
-        ("1,2,4", "--concurrency", (1, 2, 4)),
-        ("0.5,inf", "--request-rate", (0.5, None)),
-        ("2,2", "--concurrency", (2,)),
-    ],
-)
-def test_loads_are_parsed(text, flag, loads):
-    assert client.parse_loads(text, flag) == loads
+def test_every_number_follows_from_the_recorded_times(folder):
+    content, rounds = results.read(folder)
+    assert (content["completed"], content["failed"], content["failures"]) == (64, 0, {})
+    assert [(point["label"], point["load"]) for point in content["points"]] == [
+        ("old", 1), (NAME, 1), ("old", 2), (NAME, 2)
+    ]  # fmt: skip
+    for point in content["points"]:
+        parts = rounds[point["label"], point["load"]]
+        records = [record for part in parts for record in part]
+        assert [len(part) for part in parts] == [8, 8] and point["completed"] == 16
+        assert point["ttft_ms"]["p50"] == pytest.approx(numpy.median([*map(ttft_ms, records)]), abs=0.01)
+        seconds = sum(max(one.end_s for one in part) - min(one.sent_s for one in part) for part in parts)
+        assert point["output_tokens_per_s"] == pytest.approx(16 * 6 / seconds, rel=1e-3)
+        assert 5 <= point["input_tokens"]["min"] <= point["input_tokens"]["max"] <= 9
+        assert point["output_tokens"] == {"mean": 6, "min": 6, "max": 6}
+        assert (point["good"], point["attainment"]) == (16, 1.0)
 
 
-@pytest.mark.parametrize(
-    ("text", "flag"),
-    [
-        ("", "--concurrency"),
-        ("0", "--concurrency"),
-        ("1.5", "--concurrency"),
-        ("inf", "--concurrency"),
-        ("1,x", "--request-rate"),
-        ("nan", "--request-rate"),
-        ("-1", "--request-rate"),
-    ],
-)
-def test_bad_loads_are_refused(text, flag):
-    with pytest.raises(ServerError, match=flag):
-        client.parse_loads(text, flag)
-
-
-def test_command_warms_up_as_much_as_it_loads_and_never_repeats_a_seed(tmp_path):
-    workload = client.Workload(
-        client.CONCURRENCY, (1, 16), requests=4, input_tokens=8, output_tokens=4, seed=7
-    )
-    first, second = (client.bench_command(TARGET, workload, index, tmp_path, "x.json") for index in (0, 1))
-
-    def value(command, flag):
-        return command[command.index(flag) + 1]
-
-    assert [value(second, flag) for flag in ("--max-concurrency", "--num-warmups", "--num-prompts")] == [
-        "16",
-        "16",
-        "32",
+def test_the_tables_of_the_folder_agree_with_its_json(folder):
+    points = json.loads((folder / "load.json").read_text())["points"]
+    rows = list(csv.DictReader((folder / "load.csv").read_text().splitlines()))
+    assert [(row["label"], float(row["ttft_ms_p99"])) for row in rows] == [
+        (point["label"], point["ttft_ms"]["p99"]) for point in points
     ]
-    assert value(first, "--seed") != value(second, "--seed")
-    assert "key" not in first, "the key goes by environment, where other users cannot read it"
-    rate = client.Workload(client.REQUEST_RATE, (0.5, None), 4, 8, 4)
-    assert value(client.bench_command(TARGET, rate, 0, tmp_path, "x"), "--request-rate") == "0.5"
-    assert value(client.bench_command(TARGET, rate, 1, tmp_path, "x"), "--request-rate") == "inf"
+    requests = list(csv.DictReader((folder / "requests.csv").read_text().splitlines()))
+    assert len(requests) == 64 and {row["failure"] for row in requests} == {""}
+    assert not any("key" in path.read_text().split() for path in folder.iterdir()), "the API key is nowhere"
 
 
-FAKE_LAUNCHER = """
-import json, os, sys
-from pathlib import Path
-for part in " ".join(sys.argv[1:]).split(" --next "):
-    words = part.split()
-    value = lambda flag: words[words.index(flag) + 1]
-    assert os.environ["OPENAI_API_KEY"] == "key"
-    if value("--max-concurrency") == "2":
-        print("client failed"); continue
-    Path(value("--result-dir"), value("--result-filename")).write_text(json.dumps(RESULT))
-"""
+class PageParser(html.parser.HTMLParser):
+    """Collects tags, attributes and text, and checks that tags close in order."""
+
+    VOID = ("meta", "br", "link", "img", "input")
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.words = [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
 
 
-def test_a_load_without_result_counts_as_failed_and_the_next_one_runs(tmp_path, monkeypatch):
-    (tmp_path / "fake_vllm_launcher.py").write_text(f"RESULT = {RESULT!r}\n{FAKE_LAUNCHER}")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(client, "LAUNCHER", "fake_vllm_launcher")
-    started = []
-    workload = client.Workload(client.CONCURRENCY, (1, 2, 4), requests=8, input_tokens=8, output_tokens=4)
-    points = client.run(TARGET, workload, tmp_path / "out", started.append)
-    assert [(point.completed, point.failed) for point in points] == [(6, 2), (0, 8), (6, 2)]
-    assert started[0] == 0 and started[-1] == 3
-    assert "client.log" in next(iter(points[1].errors))
-    assert "client failed" in (tmp_path / "out" / "client.log").read_text()
+def test_the_report_is_one_file_that_needs_nothing_else(folder):
+    text = (folder / "report.html").read_text()
+    parser = PageParser()
+    parser.feed(text)
+    parser.close()
+    assert parser.open == [] and parser.tags.count("svg") == 7 and parser.tags.count("table") == 3
+    assert not {"script", "link", "img", "iframe"} & set(parser.tags)
+    links = [value for name, value in parser.attributes if name in ("href", "src", "xlink:href")]
+    assert all(value.startswith("#") for value in links), "nothing is fetched"
+    ids = [value for name, value in parser.attributes if name == "id"]
+    assert len(ids) == len(set(ids)) and {value[1:] for value in links} <= set(ids)
+    assert NAME in "".join(parser.words) and "<b>" not in text, "names are text and not markup"
+    for part in text.split("<svg")[1:]:
+        xml.etree.ElementTree.fromstring("<svg" + part.partition("</svg>")[0] + "</svg>")
+    assert "#0101" not in text and "#0301" not in text, "colors are the page's"
+
+
+def test_compare_of_a_folder_with_itself_is_one(folder, tmp_path, capsys):
+    assert cli.main(["bench", "compare", str(folder), str(folder), "--json", str(tmp_path / "c.json")]) == 0
+    made = json.loads((tmp_path / "c.json").read_text())
+    assert len(made["comparisons"]) == 4 and made["warnings"] == []
+    for one in made["comparisons"]:
+        assert all(
+            ratio["value"] == 1 and ratio["low"] < 1 < ratio["high"] for ratio in one["ratios"].values()
+        )
+    assert "1.00 (" in capsys.readouterr().out
+
+
+def test_compare_says_what_does_not_fit(folder, tmp_path, capsys):
+    other = tmp_path / "other"
+    other.mkdir()
+    content = json.loads((folder / "load.json").read_text())
+    content["settings"]["output_tokens"] = "99"
+    (other / "load.json").write_text(json.dumps(content))
+    (other / "requests.jsonl").write_text((folder / "requests.jsonl").read_text())
+    assert cli.main(["bench", "compare", str(folder), str(other)]) == 0
+    assert "the workloads differ in output_tokens: 6 and 99" in capsys.readouterr().err
+    (other / "load.json").write_text('{"points": []}')
+    assert cli.main(["bench", "compare", str(folder), str(other)]) == 2
+    assert "has format 1 and not 2" in capsys.readouterr().err
+    assert cli.main(["bench", "compare", str(folder), str(tmp_path / "none")]) == 2
+    assert "is no results folder" in capsys.readouterr().err
+
+
+def test_failures_are_counted_apart_and_by_kind(urls, tmp_path, capsys):
+    rows = [{"prompt": text, "output_tokens": 3} for text in ("good one", "429", "cut", "429 again")]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = ["bench", "--url", urls[0], "--dataset", str(tmp_path / "data.jsonl"), "--request-rate", "inf"]
+    out = tmp_path / "out"
+    assert cli.main([*command, "--requests", "8", "--warmup", "0", "--out", str(out)]) == 0
+    content = json.loads((out / "load.json").read_text())
+    assert (content["completed"], content["failed"]) == (2, 6)
+    assert content["failures"] == {"http 429": 4, "stream cut": 2}
+    assert content["points"][0]["load"] is None and content["points"][0]["ttft_ms"]["samples"] == 2
+    assert "4 failed: http 429: refused with 429" in capsys.readouterr().err
+    assert "refused with 429" in (out / "report.html").read_text()
+
+
+def test_the_status_is_1_when_every_request_failed(urls, tmp_path, capsys):
+    (tmp_path / "data.jsonl").write_text('{"prompt": "500", "output_tokens": 3}')
+    command = ["bench", "--url", urls[0], "--dataset", str(tmp_path / "data.jsonl"), "--concurrency", "1"]
+    assert cli.main([*command, "--requests", "2", "--out", str(tmp_path / "out")]) == 1
+    assert "every request failed" in capsys.readouterr().err
+    assert "report.html" in {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_find_rate_reports_the_rates_it_tried(urls, tmp_path, capsys):
+    command = ["bench", "--url", urls[1], "--find-rate", "--request-rate", "2000", "--requests", "4"]
+    command += ["--output-tokens", "2", "--input-tokens", "4", "--warmup", "1", "--out", str(tmp_path)]
+    assert cli.main([*command, "--ttft-objective-ms", "0.001"]) == 0
+    found = json.loads((tmp_path / "load.json").read_text())
+    assert [point["load"] for point in found["points"]] == [2000, 1000, 500, 250, 125]
+    assert {point["attainment"] for point in found["points"]} == {0}
+    assert found["highest_rates"][0]["rate"] is None
+    assert "no rate was carried" in capsys.readouterr().out
+    assert "no rate was carried" in (tmp_path / "report.html").read_text()
+
+
+def test_the_bar_is_for_terminals_only(urls, tmp_path, capsys, monkeypatch):
+    command = ["bench", "--url", urls[1], "--concurrency", "1", "--requests", "2", "--output-tokens", "2"]
+    assert cli.main([*command, "--out", str(tmp_path / "out")]) == 0
+    assert "concurrency 1" not in capsys.readouterr().err.replace("demo, concurrency 1: the client", "")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes stderr for a terminal
+    assert cli.main([*command, "--out", str(tmp_path / "out")]) == 0
+    assert "demo, concurrency 1" in capsys.readouterr().err
+
+
+def test_ctrl_c_keeps_what_is_complete(urls):
+    lengths = Lengths.parse("2", "")
+    plan = planning.Plan(CONCURRENCY, (1, 2), RandomPrompts(lengths, lengths), requests=2)
+    target = find_target(urls[1], "key")
+
+    def interrupt(stage, record):
+        if stage.load == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    assert list(planning.run(plan, [target], interrupt)) == [("demo", 1)]
 
 
 def test_no_server_is_one_sentence_and_status_2(run_pvq, free_port):
@@ -145,26 +218,36 @@ def test_no_server_is_one_sentence_and_status_2(run_pvq, free_port):
     assert len(done.stderr.splitlines()) == 1, done.stderr
 
 
-def test_a_full_disk_is_one_sentence_after_the_table(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(client, "find_target", lambda *arguments: TARGET)
-    monkeypatch.setattr(client, "run", lambda *arguments: [point_from_result(2.0, RESULT)])
+def test_a_full_disk_is_one_sentence_after_the_table(urls, tmp_path, capsys):
     (tmp_path / "load.json").symlink_to("/dev/full")
-    assert cli.main(["bench", "--concurrency", "2", "--out", str(tmp_path)]) == 2
+    command = ["bench", "--url", urls[1], "--concurrency", "1", "--requests", "2", "--output-tokens", "2"]
+    assert cli.main([*command, "--out", str(tmp_path)]) == 2
     printed = capsys.readouterr()
     assert printed.err.strip().split("\n")[-1] == (
         f"pvq: --out {tmp_path} cannot be written (No space left on device): "
         "free some space or give another folder"
     )
-    assert "9.2" in printed.out  # tokens per second, in the table
+    assert "Load test" in printed.out
 
 
-def test_both_axes_at_once_are_refused(run_pvq):
-    done = run_pvq("bench", "--concurrency", "1", "--request-rate", "1")
-    assert done.returncode == 2 and "exclude each other" in done.stderr
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--concurrency", "1", "--request-rate", "1"], "exclude each other"),
+        (["--concurrency", "1", "--find-rate"], "exclude each other"),
+        (["--find-rate"], "needs an objective"),
+        (["--find-rate", "--ttft-objective-ms", "1", "--request-rate", "1,2"], "starts at one rate"),
+        (["--duration-s", "5"], "--duration-s is for rates"),
+        (["--endpoint", "embeddings"], "--endpoint embeddings is unknown"),
+        (["--output-tokens", "many"], "--output-tokens many"),
+        (["--dataset", "/nowhere.json"], "cannot be read"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(arguments, reason, capsys):
+    assert cli.main(["bench", *arguments]) == 2
+    assert reason in capsys.readouterr().err
 
 
-def test_launcher_splits_commands():
-    from pvq_vllm.vllm_launcher import split_commands
-
-    assert split_commands(["bench", "a", "--next", "bench", "b"]) == [["bench", "a"], ["bench", "b"]]
-    assert split_commands(["--next", "x"]) == [["x"]] and split_commands([]) == []
+def test_compare_is_in_the_help(capsys):
+    assert cli.main(["bench", "--help"]) == 0
+    assert "compare" in capsys.readouterr().out
