@@ -3,6 +3,7 @@
 #
 #   PYTHON     the Python to make .venv with (3.11 or newer)
 #   PIP_ARGS   more arguments for pip, such as the index that has torch's CPU wheels (README.md, "Installing")
+#   MODEL      what make serve serves, a folder; SERVE_FLAGS: its flags, of pvq serve and of vLLM
 #   TESTS      what make test runs, such as tests/test_codec or "-m 'not vllm'"
 #   CUDA_ARCHITECTURES  the GPUs to compile for where there is an nvcc: native (those of this machine), "80-real;90a-real", ...
 
@@ -10,6 +11,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
 TESTS ?=
+MODEL ?= build/demo/pvq
+SERVE_FLAGS ?= --max-model-len 2048 --enforce-eager
 CUDA_ARCHITECTURES ?= native
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --root-user-action=ignore $(PIP_ARGS)
@@ -18,11 +21,13 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(wildcard csrc/*.*
 export PATH := $(abspath $(BIN)):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test lint format setup cuda-all check-programs clean
+.PHONY: help demo serve test test-page lint format setup cuda-all check-programs clean
 
 help:
 	@echo 'make demo    quantize a real model, serve it with vLLM, ask it, put load on it (build/demo/report.json)'
+	@echo 'make serve   serve the demo model (made first if it is not there), or MODEL=folder; the page is at http://127.0.0.1:8000/'
 	@echo 'make test    run all tests'
+	@echo 'make test-page   the tests of the page, in headless Chromium if there is one'
 	@echo 'make lint    ruff and, where it is installed, clang-format; make format applies them'
 	@echo 'make setup   only .venv, the pinned packages and the compiled module'
 	@echo 'make cuda-all   compile the CUDA kernels for every kind of GPU (build/cuda-all), for a release; takes minutes'
@@ -31,8 +36,18 @@ help:
 demo: $(VENV)/.project
 	@$(BIN)/python -m demo
 
+# Eager by default: it answers within seconds of loading, where compiling takes a minute or more.
+serve: $(VENV)/.project
+	@test '$(MODEL)' != build/demo/pvq || $(BIN)/python -m demo --until quantize
+	@echo 'once it is ready: http://127.0.0.1:8000/ in a browser; Ctrl-C ends it'
+	@$(BIN)/pvq serve $(MODEL) $(SERVE_FLAGS)
+
 test: $(VENV)/.project
 	@$(BIN)/python -m pytest $(TESTS)
+
+test-page: $(VENV)/.project
+	@$(PIP) --quiet --no-deps --requirement requirements/browser.txt
+	@$(BIN)/python -m pytest tests/test_server/test_page.py tests/test_server/test_page_browser.py
 
 lint: $(VENV)/.requirements
 	$(BIN)/ruff check .

@@ -2,7 +2,7 @@
 """Quantize SmolLM2-135M-Instruct to about 4 bits a weight, serve it with vLLM, ask it a question and put load
 on it.
 
-    python -m demo [--folder build/demo] [--bits 4]
+    python -m demo [--folder build/demo] [--bits 4] [--until quantize]
 
 Steps and what they leave in the folder: ``base`` (bf16 model), ``pvq`` (checkpoint), ``eval.json``,
 ``load/``, ``serve.log`` and at the end ``report.json``. A step whose result is there and was made by the same
@@ -191,17 +191,10 @@ def summary(report: dict[str, Any]) -> Table:
     return table
 
 
-def demo(folder: Path, bits: int) -> dict[str, Any]:
-    """Run all steps in ``folder`` and return the report that is also written to ``folder /
-    "report.json"``.
-    """
+def make_checkpoint(folder: Path, bits: int) -> tuple[Path, Path]:
+    """Run the first two steps in ``folder``; return the folders of the bf16 model and of the checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
-    base, checkpoint, evaluation, load = (
-        folder / "base",
-        folder / "pvq",
-        folder / "eval.json",
-        folder / "load",
-    )
+    base, checkpoint = folder / "base", folder / "pvq"
     run_once("base model", ["python", "-m", "offline_quant.demo_model", str(base)], base)
     os.environ["HF_HUB_OFFLINE"] = "1"  # from here on everything is local
     # --overwrite: an older checkpoint, or an interrupted run, was made from other sources.
@@ -217,6 +210,15 @@ def demo(folder: Path, bits: int) -> dict[str, Any]:
         "--overwrite",
     ]
     run_once("quantize", quantize, checkpoint, made_from=QUANTIZER_SOURCES)
+    return base, checkpoint
+
+
+def demo(folder: Path, bits: int) -> dict[str, Any]:
+    """Run all steps in ``folder`` and return the report that is also written to ``folder /
+    "report.json"``.
+    """
+    base, checkpoint = make_checkpoint(folder, bits)
+    evaluation, load = folder / "eval.json", folder / "load"
     measure = ["pvq", "eval", str(checkpoint), "--reference", str(base), "--json", str(evaluation)]
     run_once("evaluate", measure, evaluation, newer_than=checkpoint / "config.json")
     key = secrets.token_hex(16)
@@ -250,9 +252,13 @@ def main() -> int:
     )
     parser.add_argument("--folder", type=Path, default=Path("build/demo"), help="where everything is written")
     parser.add_argument("--bits", type=int, choices=(2, 3, 4), default=4, help="bits a weight")
+    parser.add_argument("--until", choices=("quantize",), help="end with this step, the checkpoint made")
     arguments = parser.parse_args()
     started = time.monotonic()
     try:
+        if arguments.until:
+            make_checkpoint(arguments.folder, arguments.bits)
+            return 0
         report = demo(arguments.folder, arguments.bits)
     except DemoError as error:
         print(f"demo: {error}", file=sys.stderr)

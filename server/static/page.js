@@ -226,7 +226,7 @@ function showLatency(name, row, now) {
   const recent = all && minus(all, earlier);
   const some = recent?.at(-1)?.[1] > 0;
   const buckets = some ? recent : all;
-  $(row).querySelector("small").textContent = !buckets?.at(-1)?.[1] ? "" : some ? "last minute" : "since the start";
+  $(row).querySelector("small").textContent = !buckets?.at(-1)?.[1] ? "" : some ? "last minute" : "since start";
   $(row).querySelectorAll("td").forEach((cell, index) => {
     cell.textContent = about(quantile([0.5, 0.9, 0.99][index], buckets), buckets);
   });

@@ -91,7 +91,7 @@ def test_figures_come_from_the_metrics(page, backend):
     shows(page, "#state", "Ready")
     shows(page, "#name", "smollm2")
     shows(page, "#finished", "3")
-    shows(page, "#ttft small", "since the start")
+    shows(page, "#ttft small", "since start")
     shows(page, "#generated", "0")  # a second sample, and nothing happened
     backend.set_metric("vllm:num_requests_running", 7)
     backend.set_metric("vllm:num_requests_waiting", 1234)
@@ -127,7 +127,7 @@ def test_quantiles_are_those_of_prometheus(page):
 
 
 def test_percentiles_of_the_last_minute_replace_those_since_the_start(page, backend):
-    shows(page, "#ttft small", "since the start")
+    shows(page, "#ttft small", "since start")
     bounds = [
         "0.5",
         "0.75",
@@ -374,3 +374,5 @@ def test_screenshots(page, backend):
             page.screenshot(path=path, full_page=True)
             assert path.stat().st_size > 20_000
             assert page.evaluate("document.documentElement.scrollWidth") <= width, path.name
+            wide = "[...document.querySelectorAll('.card')].filter((card) => card.scrollWidth > card.clientWidth)"
+            assert page.evaluate(f"{wide}.map((card) => card.className)") == [], path.name
