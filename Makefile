@@ -4,6 +4,7 @@
 #   PYTHON     the Python to make .venv with (3.11 or newer)
 #   PIP_ARGS   more arguments for pip, such as the index that has torch's CPU wheels (README.md, "Installing")
 #   MODEL      what make serve serves, a folder; SERVE_FLAGS: its flags, of pvq serve and of vLLM
+#   SOAK_ARGS  more arguments for make soak, such as "--minutes 5"
 #   TESTS      what make test runs, such as tests/test_codec or "-m 'not vllm'"
 #   CUDA_ARCHITECTURES  the GPUs to compile for where there is an nvcc: native (those of this machine), "80-real;90a-real", ...
 
@@ -11,6 +12,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
 TESTS ?=
+SOAK_ARGS ?=
 MODEL ?= build/demo/pvq
 SERVE_FLAGS ?= --max-model-len 2048 --enforce-eager
 CUDA_ARCHITECTURES ?= native
@@ -21,13 +23,15 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(wildcard csrc/*.*
 export PATH := $(abspath $(BIN)):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo serve test test-page lint format setup cuda-all check-programs clean
+.PHONY: help demo serve test test-page test-clients soak lint format setup cuda-all check-programs clean
 
 help:
 	@echo 'make demo    quantize a real model, serve it with vLLM, ask it, put load on it (build/demo/report.json)'
 	@echo 'make serve   serve the demo model (made first if it is not there), or MODEL=folder; the page is at http://127.0.0.1:8000/'
 	@echo 'make test    run all tests'
 	@echo 'make test-page   the tests of the page, in headless Chromium if there is one'
+	@echo 'make test-clients   lm-eval, guidellm, schemathesis and vLLM'\''s load test against a server'
+	@echo 'make soak    malformed requests, clients that leave, overload and 30 minutes of mixed load against a server'
 	@echo 'make lint    ruff and, where it is installed, clang-format; make format applies them'
 	@echo 'make setup   only .venv, the pinned packages and the compiled module'
 	@echo 'make cuda-all   compile the CUDA kernels for every kind of GPU (build/cuda-all), for a release; takes minutes'
@@ -48,6 +52,19 @@ test: $(VENV)/.project
 test-page: $(VENV)/.project
 	@$(PIP) --quiet --no-deps --requirement requirements/browser.txt
 	@$(BIN)/python -m pytest tests/test_server/test_page.py tests/test_server/test_page_browser.py
+
+build/clients/.created: requirements/clients.txt $(VENV)/.requirements
+	$(BIN)/python -m venv build/clients
+	@$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' >"$$(build/clients/bin/python -c 'import site; print(site.getsitepackages()[0])')/zz_base.pth"
+	build/clients/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) --requirement requirements/clients.txt
+	@touch $@
+
+test-clients: $(VENV)/.project build/clients/.created
+	@PVQ_CLIENTS=build/clients $(BIN)/python -m pytest tests/test_server/test_clients.py
+
+soak: $(VENV)/.project
+	@test '$(MODEL)' != build/demo/pvq || $(BIN)/python -m demo --until quantize
+	@$(BIN)/python benchmarks/soak all --model $(MODEL) --json build/soak.json $(SOAK_ARGS)
 
 lint: $(VENV)/.requirements
 	$(BIN)/ruff check .

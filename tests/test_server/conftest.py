@@ -1,11 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A fake engine and an app with this project's routes: enough to test them without vLLM."""
+"""A fake engine and an app with this project's routes, enough to test them without vLLM; and real servers with a
+tiny random model, as processes of their own.
+"""
 
 import asyncio
+import contextlib
 import json
+import os
 import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -131,3 +138,108 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+START_TIMEOUT_S = 240
+
+
+class Served:
+    """A running ``pvq serve``: process, URL, API key and log file."""
+
+    key = "key-for-tests"
+
+    def __init__(self, process: subprocess.Popen, url: str, log_path: Path) -> None:
+        self.process, self.url, self.log_path = process, url, log_path
+
+    def get(self, path: str, key: str | None = None) -> tuple[int, str]:
+        """Return status and body of a GET request."""
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        try:
+            with urllib.request.urlopen(
+                urllib.request.Request(self.url + path, headers=headers), timeout=30
+            ) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def metric(self, name: str) -> float:
+        """Return the sum of the metric ``name`` over all labels."""
+        lines = [
+            line for line in self.get("/metrics")[1].splitlines() if line.split("{")[0].split()[:1] == [name]
+        ]
+        return sum(float(line.split()[-1]) for line in lines)
+
+    def log(self) -> str:
+        """Return the end of the log."""
+        return self.log_path.read_text(errors="replace")[-3000:]
+
+    def wait_until_ready(self) -> None:
+        """Return once /ready says 200."""
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while True:
+            assert self.process.poll() is None, self.log()
+            assert time.monotonic() < deadline, self.log()
+            with contextlib.suppress(urllib.error.URLError, OSError):
+                if self.get("/ready")[0] == 200:
+                    return
+            time.sleep(0.3)
+
+
+@pytest.fixture(scope="session")
+def start_server(tiny_llama, tmp_path_factory):
+    """Return a function: flags -> context of a ``Served`` that may still be loading."""
+
+    @contextlib.contextmanager
+    def start(*flags: str):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        log_path = tmp_path_factory.mktemp("serve") / "serve.log"
+        command = [sys.executable, "-m", "pvq_vllm.cli", "serve", str(tiny_llama), "--port", str(port)]
+        command += ["--served-model-name", "tiny", "--max-model-len", "512", "--enforce-eager", *flags]
+        environment = dict(os.environ, PVQ_API_KEY=Served.key, PVQ_CPU_KV_CACHE_GIB="1", HF_HUB_OFFLINE="1")
+        with open(log_path, "w") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        try:
+            yield Served(process, f"http://127.0.0.1:{port}", log_path)
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                try:
+                    process.wait(60)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def served(start_server):
+    """Return the one server that most tests share; they leave it running."""
+    flags = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--max-num-seqs", "16"]
+    flags += ["--log-format", "json", "--max-output-tokens", "400"]
+    # A random model would fill JSON with blanks for as long as it may.
+    flags += ["--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}']
+    with start_server(*flags) as server:
+        # While it loads it lives, is not ready, and says so to whoever asks.
+        deadline = time.monotonic() + 60
+        while True:
+            with contextlib.suppress(urllib.error.URLError, OSError):
+                server.while_loading = {
+                    path: server.get(path) for path in ("/health", "/ready", "/v1/models")
+                }
+                break
+            assert time.monotonic() < deadline and server.process.poll() is None, server.log()
+            time.sleep(0.1)
+        server.wait_until_ready()
+        yield server
+
+
+@pytest.fixture(scope="session")
+def client(served):
+    """Return the official client of that server."""
+    from openai import OpenAI
+
+    with OpenAI(base_url=f"{served.url}/v1", api_key=served.key, max_retries=0, timeout=120) as openai:
+        yield openai

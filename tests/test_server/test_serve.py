@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real server with a tiny random model, as a process of its own, asked by the official client."""
+"""Real servers with a tiny random model: what an operator sees of them."""
 
+import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -8,191 +10,173 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
+from pathlib import Path
 
+import httpx
+import psutil
 import pytest
-
-KEY = "a key for tests"
-START_TIMEOUT_S = 240
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
-
-class Served:
-    """A running ``pvq serve``: process, URL and log file."""
-
-    def __init__(self, process, url, log_path):
-        self.process, self.url, self.log_path = process, url, log_path
-
-    def get(self, path, key=None):
-        """Return status and body of a GET request."""
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        try:
-            with urllib.request.urlopen(
-                urllib.request.Request(self.url + path, headers=headers), timeout=30
-            ) as answer:
-                return answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode()
-
-    def log(self):
-        return self.log_path.read_text(errors="replace")[-3000:]
+SOAK = Path(__file__).resolve().parents[2] / "benchmarks" / "soak"
+STREAM = {
+    "model": "tiny",
+    "prompt": "go",
+    "max_tokens": 300,
+    "temperature": 0,
+    "ignore_eos": True,
+    "stream": True,
+}
 
 
-@pytest.fixture(scope="module")
-def served(tiny_llama, tmp_path_factory):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log_path = tmp_path_factory.mktemp("serve") / "serve.log"
-    command = [sys.executable, "-m", "pvq_vllm.cli", "serve", str(tiny_llama), "--port", str(port)]
-    command += [
-        "--served-model-name",
-        "tiny",
-        "--max-model-len",
-        "256",
-        "--enforce-eager",
-        "--drain-timeout-s",
-        "20",
-    ]
-    environment = dict(os.environ, PVQ_API_KEY=KEY, PVQ_CPU_KV_CACHE_GIB="1", HF_HUB_OFFLINE="1")
-    with open(log_path, "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-    server = Served(process, f"http://127.0.0.1:{port}", log_path)
-    try:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while True:
-            assert process.poll() is None, server.log()
-            assert time.monotonic() < deadline, server.log()
-            try:
-                if server.get("/health")[0] == 200:
-                    break
-            except urllib.error.URLError:
-                time.sleep(0.5)
-        yield server
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
-@pytest.fixture(scope="module")
-def client(served):
-    from openai import OpenAI
-
-    return OpenAI(base_url=f"{served.url}/v1", api_key=KEY, max_retries=0, timeout=120)
-
-
-def test_models_lists_the_served_name(client):
-    assert [model.id for model in client.models.list()] == ["tiny"]
-
-
-def test_chat_answers_with_as_many_tokens_as_asked(client):
-    reply = client.chat.completions.create(
-        model="tiny",
-        messages=[{"role": "user", "content": "hello"}],
-        max_tokens=6,
-        temperature=0,
-        extra_body={"ignore_eos": True},
-    )
-    assert reply.choices[0].finish_reason == "length" and reply.usage.completion_tokens == 6
-
-
-def test_streaming_gives_the_same_text_as_not_streaming(client):
-    request = dict(
-        model="tiny",
-        prompt="the quick brown fox",
-        max_tokens=8,
-        temperature=0,
-        extra_body={"ignore_eos": True},
-    )
-    whole = client.completions.create(**request)
-    parts = list(client.completions.create(**request, stream=True, stream_options={"include_usage": True}))
-    assert "".join(part.choices[0].text for part in parts if part.choices) == whole.choices[0].text
-    assert sum(bool(part.choices) for part in parts) > 1
-    assert parts[-1].usage.completion_tokens == whole.usage.completion_tokens == 8
-
-
-def test_a_wrong_key_is_refused(served):
-    from openai import AuthenticationError, OpenAI
-
-    with pytest.raises(AuthenticationError):
-        OpenAI(base_url=f"{served.url}/v1", api_key="wrong", max_retries=0).models.list()
-    assert served.get("/pvq/info")[0] == served.get("/pvq/info", "wrong")[0] == 401
-
-
-def test_an_unknown_model_is_refused(client):
-    from openai import NotFoundError
-
-    with pytest.raises(NotFoundError):
-        client.completions.create(model="nosuch", prompt="x")
+def test_while_the_model_loads_the_server_is_alive_and_not_ready(served):
+    seen = served.while_loading
+    assert seen["/health"] == (200, "")
+    assert seen["/ready"][0] == seen["/v1/models"][0] == 503
+    assert json.loads(seen["/ready"][1]) == {"ready": False, "reason": "the model is loading"}
+    assert json.loads(seen["/v1/models"][1])["error"]["code"] == "model_loading"
 
 
 def test_health_readiness_and_info(served, tiny_llama):
     assert served.get("/health") == (200, "")
-    status, body = served.get("/pvq/ready", KEY)
+    assert served.get("/ready")[0] == 200
+    status, body = served.get("/pvq/ready", served.key)
     assert status == 200 and json.loads(body)["ready"] is True
-    info = json.loads(served.get("/pvq/info", KEY)[1])
-    assert (
-        info["model"] == str(tiny_llama)
-        and info["served_names"] == ["tiny"]
-        and info["max_model_len_tokens"] == 256
-    )
-    assert info["quantization"] is None and info["versions"]["vllm"]
+    info = json.loads(served.get("/pvq/info", served.key)[1])
+    assert info["model"] == str(tiny_llama) and info["served_names"] == ["tiny"]
+    assert info["max_model_len_tokens"] == 512 and info["quantization"] is None and info["versions"]["vllm"]
 
 
-def test_metrics_count_the_requests(served, client):
-    def prompt_tokens():
-        lines = served.get("/metrics")[1].splitlines()
-        return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:prompt_tokens_total"))
+@pytest.mark.parametrize("path", ["/pvq/info", "/v1/models", "/version", "/openapi.json", "/load"])
+def test_vllms_routes_ask_for_the_key_like_ours(served, path):
+    assert served.get(path)[0] == served.get(path, "wrong")[0] == 401
+    assert served.get(path, served.key)[0] == 200
 
-    before = prompt_tokens()
+
+def test_metrics_are_vllms_and_the_servers(served, client):
+    before = served.metric("vllm:prompt_tokens_total")
     usage = client.completions.create(model="tiny", prompt="one two three", max_tokens=2).usage
     deadline = time.monotonic() + 10
-    while prompt_tokens() < before + usage.prompt_tokens and time.monotonic() < deadline:
+    while (
+        served.metric("vllm:prompt_tokens_total") < before + usage.prompt_tokens
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.2)
-    assert prompt_tokens() == before + usage.prompt_tokens
+    assert served.metric("vllm:prompt_tokens_total") == before + usage.prompt_tokens
+    text = served.get("/metrics")[1]
+    assert 'pvq_server_requests_total{method="POST",route="/v1/completions",status="200"}' in text
+    assert served.metric("pvq_server_ready") == served.metric("pvq_server_api_keys") == 1
+    assert served.metric("pvq_server_sequences") == 0 and served.metric("pvq_server_sequences_max") == 20
 
 
-def test_load_test_of_the_running_server(served, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "pvq_vllm.cli",
-        "bench",
-        "--url",
-        served.url,
-        "--concurrency",
-        "1,2",
-        "--out",
-        str(tmp_path),
-    ]
-    command += ["--requests", "4", "--input-tokens", "16", "--output-tokens", "8"]
+def test_log_lines_are_json_with_the_request_id(served, client):
+    reply = client.completions.with_raw_response.create(
+        model="tiny", prompt="x", max_tokens=1, extra_headers={"X-Request-Id": "find-me"}
+    )
+    assert reply.headers["x-request-id"] == "find-me"
+    lines = [json.loads(line) for line in served.log_path.read_text().splitlines() if line.startswith("{")]
+    (line,) = [line for line in lines if line.get("request_id") == "find-me"]
+    assert (line["logger"], line["status"], line["key"]) == ("pvq.access", 200, "key") and line[
+        "duration_ms"
+    ] > 0
+    assert {"pvq.engine", "pvq.access"} < {line["logger"] for line in lines}
+    assert any(line["logger"].startswith("vllm.") for line in lines), "vLLM's lines are not JSON"
+    assert served.key not in served.log_path.read_text()
+
+
+def test_malformed_requests_get_no_5xx_and_leave_nothing(served):
+    command = [sys.executable, str(SOAK), "malformed", "--url", served.url, "--requests", "250"]
     done = subprocess.run(
-        command, capture_output=True, text=True, env=dict(os.environ, PVQ_API_KEY=KEY), check=False
+        command, capture_output=True, text=True, env=dict(os.environ, PVQ_API_KEY=served.key), check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    report = json.loads((tmp_path / "load.json").read_text())
-    assert (report["completed"], report["failed"], report["model"]) == (8, 0, "tiny")
-    assert [point["load"] for point in report["points"]] == [1, 2]
-    assert all(point["ttft_ms"]["p50"] > 0 and point["output_tokens_per_s"] > 0 for point in report["points"])
-    assert (tmp_path / "load.png").stat().st_size > 1000
+    assert "250 malformed requests" in done.stdout
 
 
-def test_sigterm_lets_the_running_request_end_and_exits_with_0(served, client):
-    stream = client.completions.create(
-        model="tiny", prompt="go", max_tokens=100, temperature=0, stream=True, extra_body={"ignore_eos": True}
+def test_clients_that_leave_in_mid_stream_free_their_slots(served):
+    command = [sys.executable, str(SOAK), "disconnect", "--url", served.url, "--clients", "16"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=dict(os.environ, PVQ_API_KEY=served.key), check=False
     )
-    next(iter(stream))
-    served.process.send_signal(signal.SIGTERM)
-    pieces = list(stream)
-    assert pieces[-1].choices[0].finish_reason == "length", "the answer was cut off"
-    assert served.process.wait(60) == 0, served.log()
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def engine_process(server):
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    return next(
+        child for child in children if any("EngineCore" in part for part in [child.name(), *child.cmdline()])
+    )
+
+
+async def kill_engine_under_load(server):
+    """Return the ends of eight requests and the seconds until /ready was no longer 200."""
+    headers = {"Authorization": f"Bearer {server.key}"}
+    async with httpx.AsyncClient(base_url=server.url, headers=headers, timeout=60) as client:
+        requests = [
+            asyncio.create_task(client.post("/v1/completions", json={**STREAM, "stream": index % 2 == 0}))
+            for index in range(8)
+        ]
+        while server_running(await client.get("/metrics")) < 8:
+            await asyncio.sleep(0.05)
+        engine_process(server).kill()
+        killed = time.monotonic()
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                if (await client.get("/ready", timeout=10)).status_code != 200:
+                    break
+            await asyncio.sleep(0.02)
+        seconds = time.monotonic() - killed
+        return [await request for request in requests], seconds
+
+
+def server_running(answer):
+    lines = [line for line in answer.text.splitlines() if line.startswith("pvq_server_sequences ")]
+    return float(lines[0].split()[-1]) if lines else 0
+
+
+def check_clean_errors(answers):
+    for answer in answers[0::2]:  # streams: an error as the last event
+        *_, error, end = [line for line in answer.text.splitlines() if line]
+        assert answer.status_code == 200 and end == "data: [DONE]"
+        assert json.loads(error.removeprefix("data: "))["error"]["message"]
+    for answer in answers[1::2]:
+        assert answer.status_code in (500, 503) and answer.json()["error"]["message"]
+
+
+def test_a_dead_engine_ends_the_process_with_1(start_server):
+    with start_server() as server:
+        server.wait_until_ready()
+        answers, seconds = asyncio.run(kill_engine_under_load(server))
+        assert seconds < 2
+        check_clean_errors(answers)
+        assert server.process.wait(30) == 1, server.log()
+        assert "the engine died" in server.log()
+
+
+def test_a_dead_engine_is_restarted_and_sigterm_lets_the_running_request_end(start_server):
+    with start_server("--on-engine-death", "restart", "--drain-timeout-s", "60") as server:
+        server.wait_until_ready()
+        answers, seconds = asyncio.run(kill_engine_under_load(server))
+        assert seconds < 2
+        check_clean_errors(answers)
+        server.wait_until_ready()
+        assert server.metric("pvq_server_restarts") == 1
+
+        headers = {"Authorization": f"Bearer {server.key}"}
+        with httpx.Client(base_url=server.url, headers=headers, timeout=60) as client:
+            with client.stream("POST", "/v1/completions", json=STREAM) as stream:
+                lines = stream.iter_lines()
+                next(lines)
+                server.process.send_signal(signal.SIGTERM)
+                while client.get("/ready").status_code == 200:
+                    time.sleep(0.01)
+                refused = client.post("/v1/completions", json=STREAM)
+                assert refused.status_code == 503 and refused.headers["retry-after"]
+                events = [line.removeprefix("data: ") for line in lines if line]
+            assert (
+                events[-1] == "[DONE]" and json.loads(events[-2])["choices"][0]["finish_reason"] == "length"
+            )
+        assert server.process.wait(60) == 0, server.log()
     with socket.socket() as again:
         again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        again.bind(("127.0.0.1", int(served.url.rpartition(":")[2])))
+        again.bind(("127.0.0.1", int(server.url.rpartition(":")[2])))
