@@ -7,6 +7,7 @@ import http.client
 import json
 import logging
 import socket
+import ssl
 import threading
 import time
 
@@ -340,3 +341,50 @@ def test_a_request_that_is_cut_off_before_its_answer_is_told_so(start):
             time.sleep(0.01)
         server.loop.call_soon_threadsafe(server.drain.start)
         assert status_and_code(read_all(connection)) == (503, "server_ended")
+
+
+@pytest.fixture
+def certificate(tmp_path):
+    """Return the paths of a certificate for 127.0.0.1 that signs itself, and of its key."""
+    import datetime
+    import ipaddress
+
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])
+    now = datetime.datetime.now(datetime.UTC)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(now - datetime.timedelta(days=1)).not_valid_after(
+        now + datetime.timedelta(days=1)
+    )
+    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    builder = builder.add_extension(x509.SubjectAlternativeName([address]), critical=False)
+    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+    certificate_path, key_path = tmp_path / "cert.pem", tmp_path / "key.pem"
+    certificate_path.write_bytes(builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+    no_password = serialization.NoEncryption()
+    form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8)
+    key_path.write_bytes(key.private_bytes(*form, no_password))
+    return certificate_path, key_path
+
+
+@pytest.mark.parametrize("ask_client", [False, True])
+def test_https_and_client_certificates(start, certificate, ask_client):
+    certificate_path, key_path = certificate
+    settings = {"ssl_ca_certs": certificate_path} if ask_client else {}
+    server = start(ssl_certfile=certificate_path, ssl_keyfile=key_path, **settings)
+    context = ssl.create_default_context(cafile=str(certificate_path))
+
+    def get():
+        connection = http.client.HTTPSConnection("127.0.0.1", server.port, timeout=10, context=context)
+        connection.request("GET", "/x")
+        return connection.getresponse().status
+
+    if ask_client:
+        with pytest.raises((ssl.SSLError, ConnectionError)):
+            get()
+        context.load_cert_chain(certificate_path, key_path)
+    assert get() == 200
