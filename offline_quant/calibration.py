@@ -101,7 +101,7 @@ class LayerwiseForward:
         ]
         try:
             for hidden in self.hidden:
-                self._run_layer(layer, hidden)
+                self.run_layer(layer, hidden)
                 inputs.clear()
         finally:
             for handle in hooks:
@@ -111,7 +111,7 @@ class LayerwiseForward:
     def advance(self, layer: int) -> None:
         """Send the hidden states through the loaded layer, in place."""
         for index, hidden in enumerate(self.hidden):
-            self.hidden[index] = self._run_layer(layer, hidden)
+            self.hidden[index] = self.run_layer(layer, hidden)
 
     def collect_head(self) -> HessianSum:
         """Return the Hessian sum of the head's input, once the hidden states have passed all layers."""
@@ -121,17 +121,41 @@ class LayerwiseForward:
                 total.add(self._run_around_layers([], hidden, inputs_embeds=torch.zeros_like(hidden)))
         return total
 
-    def _run_layer(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+    def run_layer(self, layer: int, hidden: torch.Tensor, gradient: bool = False) -> torch.Tensor:
+        """Return what the loaded layer makes of one batch; with ``gradient`` for a backward pass."""
         args, kwargs = self._arguments[len(hidden)][layer]
-        with torch.no_grad():
+        with torch.set_grad_enabled(gradient):
             output = self.source.layers[layer](hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
-    def _run_around_layers(self, recorded: list, final: torch.Tensor | None, **inputs) -> torch.Tensor:
-        """Run the model with layers that compute nothing.
+    @contextmanager
+    def head_loaded(self) -> Iterator[None]:
+        """Load what lies behind the layers, the head too, for ``logits``."""
+        head = self.source.skeleton.get_output_embeddings()
+        before = head.weight
+        with self._outside_loaded():
+            weight = self.source.read(self.source.weight_name(self.source.head_name))
+            head.weight = nn.Parameter(weight.to(self.device, self.dtype), requires_grad=False)
+            try:
+                yield
+            finally:
+                head.weight = before
+
+    def logits(self, final: torch.Tensor) -> torch.Tensor:
+        """Return the logits [1, n, vocabulary] for n outputs of the last layer, [1, n, hidden], with their
+        graph for a backward pass; needs ``head_loaded``.
+        """
+        with torch.enable_grad():
+            inputs = torch.zeros_like(final)
+            return self._run_around_layers([], final, self.source.skeleton, inputs_embeds=inputs)
+
+    def _run_around_layers(
+        self, recorded: list, final: torch.Tensor | None, model: nn.Module | None = None, **inputs
+    ) -> torch.Tensor:
+        """Run ``model`` (without one: the part below the head) with layers that compute nothing.
 
         Appends to ``recorded`` what each layer is called with. Returns what the first layer gets or, given
-        ``final`` (the output of the last layer), what the model makes of it, the head's input.
+        ``final`` (the output of the last layer), what the model makes of it: the head's input, or the logits.
         """
         layers = list(self.source.layers)
         first: list[torch.Tensor] = []
@@ -146,7 +170,7 @@ class LayerwiseForward:
         for layer in layers:
             layer.forward = stand_in  # on the instance: what the model reads off its layers stays there
         try:
-            output = self.source.skeleton.base_model(**inputs, use_cache=False)
+            output = (model or self.source.skeleton.base_model)(**inputs, use_cache=False)
         finally:
             for layer in layers:
                 del layer.forward

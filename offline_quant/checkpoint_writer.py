@@ -5,6 +5,7 @@
         work/state.json           what the run was started with; another run may not continue it
         work/00007.json           what is reported about part 7, written before
         work/00007.safetensors    the tensors of part 7 (a decoder layer, or one of the tensors outside)
+        work/NAME.json ...        what was found out before the parts: sampled tokens, sensitivities
         model-00001-of-00002.safetensors ...     shards put together from the parts once all of them are there
 
 Every file is written under another name and renamed when complete, so whatever exists is whole. The layout of
@@ -18,7 +19,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -61,8 +62,8 @@ class CheckpointWriter:
         self.partial = self.out.with_name(self.out.name + ".partial")
         self.work = self.partial / "work"
         self.fingerprint = json.loads(json.dumps(fingerprint))
-        self.parts = parts
-        self.shards = plan_shards(parts, max_shard_bytes)
+        self.max_shard_bytes = max_shard_bytes
+        self._plan(parts)
         self.resume, self.overwrite = resume, overwrite
         self._lock = None
 
@@ -104,6 +105,19 @@ class CheckpointWriter:
             write_file(state, json.dumps(self.fingerprint, indent=1).encode())
         return self
 
+    def _plan(self, parts: list[dict[str, tuple[str, tuple[int, ...]]]]) -> None:
+        self.parts, self.shards = parts, plan_shards(parts, self.max_shard_bytes)
+
+    def plan_again(self, parts: list[dict[str, tuple[str, tuple[int, ...]]]]) -> None:
+        """Replace the parts, before any is written, now that it is known what they will be.
+
+        Raises:
+            PVQError: the disk is too small.
+        """
+        self._plan(parts)
+        if not self.is_finished:
+            self._check_disk()
+
     def __exit__(self, *exception) -> None:
         if self._lock is not None:
             self._lock.__exit__(None, None, None)
@@ -113,6 +127,10 @@ class CheckpointWriter:
         """True if the run to continue was killed after OUT got its name and before the last cleaning up."""
         state = self.out / "work" / "state.json"
         return self.resume and state.exists() and json.loads(state.read_text()) == self.fingerprint
+
+    @property
+    def _work_now(self) -> Path:
+        return self.out / "work" if self.is_finished else self.work
 
     def _check_disk(self) -> None:
         """Both the parts and the largest shard put together from them must fit."""
@@ -148,6 +166,25 @@ class CheckpointWriter:
         """True if this part was written, by this run or the one it continues."""
         return self.is_finished or self.is_merging or self._part_path(part).exists()
 
+    def kept_tensors(self, name: str, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Return what ``make`` returned, in this run or in the one it continues."""
+        path = self._work_now / f"{name}.safetensors"
+        if not path.exists():
+            tensors = make()
+            header = {key: (DTYPE_NAMES[value.dtype], tuple(value.shape)) for key, value in tensors.items()}
+            with _writing(self.partial):
+                write_safetensors(path, header, (_bytes_of(value) for value in tensors.values()))
+        return {key: read_tensor(info, key) for key, info in read_safetensors_header(path).items()}
+
+    def kept_json(self, name: str, make: Callable[[], dict]) -> dict:
+        """Return what ``make`` returned, in this run or in the one it continues."""
+        path = self._work_now / f"{name}.json"
+        if not path.exists():
+            content = json.dumps(make()).encode()
+            with _writing(self.partial):
+                write_file(path, content)
+        return json.loads(path.read_text())
+
     def write_part(self, part: int, tensors: Mapping[str, torch.Tensor], report: dict) -> None:
         """Store one part and what is to be reported about it.
 
@@ -170,8 +207,9 @@ class CheckpointWriter:
 
     def reports(self) -> list[dict]:
         """Return what ``write_part`` was told about each part, in order."""
-        work = self.out / "work" if self.is_finished else self.work
-        return [json.loads((work / f"{part:05d}.json").read_text()) for part in range(len(self.parts))]
+        return [
+            json.loads((self._work_now / f"{part:05d}.json").read_text()) for part in range(len(self.parts))
+        ]
 
     def finish(self, files: Mapping[str, bytes], copied: Iterable[Path]) -> None:
         """Put the shards together, add ``files`` (name -> content) and the ``copied`` ones, and move the

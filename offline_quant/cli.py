@@ -54,6 +54,20 @@ def quantize(
             "Repeatable; the last one that matches counts.",
         ),
     ] = None,
+    target_bpw: Annotated[
+        float | None,
+        typer.Option(
+            help="Average bits a weight of the layers: a rate for every module is chosen by measured "
+            "sensitivity (needs --calibration; instead of --bits)."
+        ),
+    ] = None,
+    rate: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="BITS",
+            help="With --target-bpw: a rate to choose from, 2, 3, 4, 8 or D,K,b. Repeatable; default 2, 3, 4, 8.",
+        ),
+    ] = None,
     lm_head: Annotated[int, typer.Option(help="Bits of the head: 16, 8 or 4.")] = 8,
     embeddings: Annotated[int, typer.Option(help="Bits of the input embedding: 16 or 8.")] = 16,
     calibration: Annotated[
@@ -136,6 +150,8 @@ def quantize(
         calibration_sequences=calibration_sequences,
         calibration_length=calibration_length,
         amplitude=amplitude,
+        target_bpw=target_bpw,
+        rates=tuple(rate or []),
         device=choose_device(device),
     )
     columns = (

@@ -47,7 +47,8 @@ class Settings:
     into the weights offline, the MLP's inner rotation online), 'online' (over the whole input width of every
     linear), 'block:N' (online, in blocks of at most N), 'none', or 'auto': residual for a model that allows
     it, else online. ``calibration`` is what ``calibration_data.calibration_tokens`` takes: 'builtin', 'self'
-    or a path; None rounds to nearest.
+    or a path; None rounds to nearest. ``target_bpw`` is the average rate of the decoder layers, reached by
+    choosing one of ``rates`` for every module (``rate_plan``); it then stands in the place of ``codebook``.
     """
 
     codebook: Codebook = CODEBOOK_OF_BITS["4"]
@@ -62,6 +63,8 @@ class Settings:
     calibration_sequences: int = 24
     calibration_length: int = 1024
     amplitude: str = "lloyd_max"
+    target_bpw: float | None = None
+    rates: tuple[str, ...] = ()
     device: str = "cpu"
     max_shard_bytes: int = 4_000_000_000
 
@@ -89,6 +92,18 @@ class Settings:
                 f"--calibration {self.calibration}: there is no such file or folder; without data of your own, "
                 "use builtin or self"
             )
+
+        if self.target_bpw is None:
+            if self.rates:
+                raise PVQError("--rate belongs to --target-bpw: add it, or give --bits instead")
+            return
+        if not 1 <= self.target_bpw <= 16:
+            raise PVQError(f"--target-bpw is {self.target_bpw:g}, but must be from 1 to 16")
+        if self.calibration is None:
+            raise PVQError("--target-bpw needs data to measure sensitivities on: add --calibration builtin")
+        for rate in self.rates:
+            if codebook_from_text(rate, "--rate") is None:
+                raise PVQError("--rate 16 is not possible: leave a module unquantized with --override")
 
     @property
     def max_block(self) -> int | None:

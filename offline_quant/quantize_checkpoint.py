@@ -6,13 +6,15 @@ is asked for (``rate_allocation``); ``part_worker`` does the work, ``checkpoint_
 """
 
 import json
+import math
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from pvq_vllm.codec.format import FORMAT_VERSION, CheckpointConfig
+from pvq_vllm.codec.format import FORMAT_VERSION, CheckpointConfig, Codebook
 
 from .calibration_data import calibration_tokens, tokens_digest
 from .checkpoint_writer import CheckpointWriter, check_destination
@@ -20,8 +22,10 @@ from .model_card import model_card
 from .model_source import ModelSource
 from .part_worker import PartWorker, plan_parts
 from .plan import Settings, plan_checkpoint
+from .rate_plan import choose_rates, module_bits, rate_candidates, with_codebooks
 from .report import make_report, timings
 from .residual_rotation import rotated_source
+from .sensitivity import measure_losses
 
 # Files of the source folder that belong to the checkpoint as they are.
 COPIED_NAMES = (
@@ -57,8 +61,12 @@ def quantize_checkpoint(
         check_destination(out, overwrite)
     source = rotated_source(ModelSource.open(model), settings.rotation, settings.seed)
     config = plan_checkpoint(source, settings)
+    weights = {name: math.prod(source.weight_shape(name)) for name in config.modules}
+    candidates = {}
+    if settings.target_bpw is not None:
+        candidates = rate_candidates(source, config, settings)
+        config = with_codebooks(config, _smallest(source, candidates))  # until the sensitivities are known
     parts = plan_parts(source, config)
-    weights = {name: _num_weights(source, name) for name in config.modules}
     data = _CalibrationData(source, settings)
     run = CheckpointWriter(
         out,
@@ -70,6 +78,15 @@ def quantize_checkpoint(
     )
     with run as writer:
         start(sum(weights.values()))
+        predicted = None
+        if candidates:
+            tell = partial(progress, weights=0)
+            losses = measure_losses(source, config, settings, candidates, data.tokens(), writer, tell)
+            chosen = choose_rates(source, candidates, losses, settings.target_bpw)
+            config = with_codebooks(config, chosen)
+            parts = plan_parts(source, config)
+            writer.plan_again([part.outputs for part in parts])
+            predicted = sum(losses[name][str(chosen[name])] for name in losses)
         worker = PartWorker(source, config, settings, writer, parts, data.tokens)
         for index in worker.order():
             if not writer.has_part(index):
@@ -78,7 +95,7 @@ def quantize_checkpoint(
                 for name in parts[index].modules:
                     progress(name, weights[name])
         reports = writer.reports()
-        report = make_report(source, settings, config, reports, writer.shards)
+        report = make_report(source, settings, config, reports, writer.shards, predicted)
         copied = [source.folder / name for name in COPIED_NAMES if (source.folder / name).is_file()]
         writer.finish(
             {
@@ -114,9 +131,11 @@ class _CalibrationData:
         return tokens_digest(self._tokens)
 
 
-def _num_weights(source: ModelSource, module: str) -> int:
-    out_features, in_features = source.weight_shape(module)
-    return out_features * in_features
+def _smallest(source: ModelSource, candidates: dict[str, list[Codebook]]) -> dict[str, Codebook]:
+    return {
+        name: min(books, key=lambda book: module_bits(book, source.weight_shape(name)))
+        for name, books in candidates.items()
+    }
 
 
 def _json(content: dict) -> bytes:

@@ -3,6 +3,8 @@
 interrupted writes the same report as one that was not.
 """
 
+from collections import Counter
+
 from pvq_vllm.codec.format import CheckpointConfig
 
 from .checkpoint_writer import tensor_bytes
@@ -11,11 +13,17 @@ from .plan import Settings
 
 
 def make_report(
-    source: ModelSource, settings: Settings, config: CheckpointConfig, reports: list[dict], shards: list[dict]
+    source: ModelSource,
+    settings: Settings,
+    config: CheckpointConfig,
+    reports: list[dict],
+    shards: list[dict],
+    predicted_kl: float | None = None,
 ) -> dict:
     """Return the content of report.json.
 
     Args:
+        predicted_kl: what the allocation of rates expects, None without one.
         reports: of all parts, see ``PartWorker.make``.
         shards: tensors of the checkpoint, name -> (dtype, shape).
     """
@@ -28,10 +36,17 @@ def make_report(
     sizes = {name: entry["out_features"] * entry["in_features"] for name, entry in modules.items()}
     bits = {name: entry["bits_per_weight"] * sizes[name] for name, entry in modules.items()}
     inner = [name for name in modules if name not in outside]
+    books = Counter(
+        modules[name]["codebook"] for name in sorted(inner, key=lambda name: bits[name] / sizes[name])
+    )
     stored = sum(tensor_bytes(*tensor) for shard in shards for tensor in shard.values())
     return {
         "base_model": source.folder.resolve().name,
-        "codebook": str(settings.codebook),
+        "codebook": ", ".join(f"{book} ({count})" for book, count in books.items())
+        if len(books) > 1
+        else str(config.codebook),
+        "target_bpw": settings.target_bpw,
+        "predicted_kl_divergence": predicted_kl,
         "activation": settings.activation,
         "calibration_tokens": settings.calibration_sequences * settings.calibration_length
         if settings.calibration is not None
