@@ -8,6 +8,8 @@ answer, each of which a test can change.
 import asyncio
 import contextlib
 import json
+import math
+import random
 import re
 import sys
 import threading
@@ -68,11 +70,16 @@ class Backend:
         )
         assert count, name
 
-    def set_bucket(self, name: str, bound: str, value: float) -> None:
-        """Let the cumulative count of one bucket of the histogram ``name`` be ``value``."""
-        pattern = rf'^({re.escape(name)}_bucket\{{.*le="{re.escape(bound)}".*\}}) \S+$'
-        self.metrics, count = re.subn(pattern, rf"\1 {value}", self.metrics, flags=re.MULTILINE)
-        assert count, (name, bound)
+    def observe(self, name: str, bound: float, count: int) -> None:
+        """Let the histogram ``name`` have ``count`` more observations in the bucket that ends at ``bound``."""
+
+        def add(match: re.Match) -> str:
+            more = count if float(match[2]) >= bound else 0
+            return f"{match[1]}{float(match[3]) + more}"
+
+        pattern = rf'^({re.escape(name)}_bucket\{{.*le="([^"]+)".*\}} )(\S+)$'
+        self.metrics, found = re.subn(pattern, add, self.metrics, flags=re.MULTILINE)
+        assert found, name
 
 
 def make_app(backend: Backend) -> FastAPI:
@@ -153,16 +160,15 @@ def running(port: int = 0) -> Iterator[Backend]:
 
 def move(backend: Backend, seconds: float, step_s: float = 0.25) -> None:
     """Let the metrics of ``backend`` look like a load that swells and ebbs, for so many seconds."""
-    import math
-
-    began = time.monotonic()
-    tokens, finished, first, later = 30.0, 3.0, 3.0, 27.0
-    while (now := time.monotonic() - began) < seconds:
-        swell = 0.55 + 0.35 * math.sin(now / 9) + 0.1 * math.sin(now * 1.7)
-        tokens += 640 * swell * step_s
-        finished += 5 * swell * step_s
-        first += 5 * swell * step_s
-        later += 640 * swell * step_s
+    began = last = time.monotonic()
+    tokens, finished = 30.0, 3.0
+    while last - began < seconds:
+        time.sleep(step_s)
+        now = time.monotonic()
+        swell = 0.55 + 0.35 * math.sin((now - began) / 9) + 0.1 * math.sin(1.7 * (now - began))
+        tokens += 640 * swell * (now - last)
+        finished += 10 * swell * (now - last)
+        last = now
         backend.set_metric("vllm:generation_tokens_total", round(tokens))
         backend.set_metric("vllm:prompt_tokens_total", round(9 * finished + 3 * tokens))
         backend.set_metric("vllm:num_requests_running", round(16 * swell))
@@ -171,15 +177,9 @@ def move(backend: Backend, seconds: float, step_s: float = 0.25) -> None:
         backend.metrics = re.sub(
             r'(request_success_total\{.*"stop".*\}) \S+', rf"\1 {finished:.0f}", backend.metrics
         )
-        for name, count, middle in (
-            ("time_to_first_token_seconds", first, 0.08),
-            ("inter_token_latency_seconds", later, 0.03),
-            ("request_queue_time_seconds", first, 0.2),
-        ):
-            for bound in re.findall(rf'vllm:{name}_bucket\{{.*le="([^"]+)"', backend.metrics):
-                share = 1 - math.exp(-((float(bound) / middle) ** 1.5)) if bound != "+Inf" else 1
-                backend.set_bucket(f"vllm:{name}", bound, round(count * share))
-        time.sleep(step_s)
+        backend.observe("vllm:time_to_first_token_seconds", random.choice((0.06, 0.08, 0.1, 0.25)), 2)
+        backend.observe("vllm:inter_token_latency_seconds", random.choice((0.025, 0.025, 0.05, 0.075)), 60)
+        backend.observe("vllm:request_queue_time_seconds", random.choice((0.3, 0.3, 0.5, 0.8)), 2)
 
 
 if __name__ == "__main__":
