@@ -58,6 +58,8 @@ def test_config_round_trips_through_json():
     config = CheckpointConfig.from_dict(json.loads(json.dumps(CONFIG)))
     assert config.to_dict() == CONFIG
     assert CheckpointConfig.from_dict(config.to_dict()) == config
+    in_pyramids = CheckpointConfig.from_dict(changed("activation", "pvq:16,58"))
+    assert in_pyramids.activation == in_pyramids.to_dict()["activation"] == "pvq:16,58"
     assert config.modules["model.c_proj"] == ModuleSpec(Codebook("canonical", 16, 27, 4), 1)
     assert config.rotation_factors == {48: [12, 4], 24: [24]}
 
@@ -69,6 +71,8 @@ def test_config_round_trips_through_json():
         ("format_version", 2, "format_version"),
         ("format_version", True, "format_version"),
         ("activation", "a4", "activation"),
+        ("activation", "pvq:12,5", "activation"),
+        ("activation", {"name": "pvq", "group_size": 16, "num_pulses": 58}, "activation"),
         ("activation", ..., "activation"),
         ("codebook", {"name": "pvq5"}, "pvq5"),
         ("codebook", {"name": "pvq4", "group_size": 8}, "group_size"),

@@ -71,7 +71,7 @@ def reference_model(folder: Path, base: Path, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("name, activation", [("qwen2", "a8"), ("qwen3-tied", "a16")])
+@pytest.mark.parametrize("name, activation", [("qwen2", "a8"), ("qwen3-tied", "a16"), ("qwen2", "pvq:16,58")])
 def test_logits_equal_the_reference_bit_for_bit(
     tiny_model_folder, checkpoint_writer, all_codebooks, tmp_path, name, activation
 ):
@@ -122,6 +122,13 @@ def test_activation_mode_can_be_changed_when_loading(folder):
     ]
     assert not torch.equal(*results)
     assert torch.allclose(*results, rtol=0, atol=0.05 * float(results[0].abs().max()))
+
+
+def test_a_group_of_activations_that_does_not_fit_names_the_module(folder):
+    config = AutoConfig.from_pretrained(folder)
+    config.quantization_config["activation"] = "pvq:128,386"
+    with pytest.raises(PVQError, match=r"down_proj has 192 input columns .* pvq:128,386"):
+        AutoModelForCausalLM.from_pretrained(folder, config=config)
 
 
 def edit_tensors(folder: Path, change) -> None:

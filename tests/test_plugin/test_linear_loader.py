@@ -41,7 +41,7 @@ def ranks(monkeypatch):
     return pretend
 
 
-def make_config(codebooks: dict[str, str], rotation_blocks: int = 1) -> PVQConfig:
+def make_config(codebooks: dict[str, str], rotation_blocks: int = 1, activation: str = "a8") -> PVQConfig:
     """Return a config that lists the modules of ``codebooks`` (name -> codebook)."""
     modules = {n: {"rotation_blocks": rotation_blocks, "codebook": {"name": c}} for n, c in codebooks.items()}
     factors = {"64": [64], "32": [32]}
@@ -49,7 +49,7 @@ def make_config(codebooks: dict[str, str], rotation_blocks: int = 1) -> PVQConfi
         {
             "quant_method": "pvq",
             "format_version": 1,
-            "activation": "a8",
+            "activation": activation,
             "codebook": {"name": "pvq4"},
             "rotation": {"seed": 3, "factors": factors},
             "modules": modules,
@@ -133,16 +133,17 @@ def test_layer_that_the_checkpoint_stores_fused_is_split(ranks):
 
 @pytest.mark.parametrize("codebook", ["pvq3", "int8"])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_row_parallel_takes_columns_and_its_own_rotation_blocks(ranks, rank, codebook):
+@pytest.mark.parametrize("blocks", [2, 0])  # 0: not rotated, or offline
+def test_row_parallel_takes_columns_and_its_own_rotation_blocks(ranks, blocks, rank, codebook):
     ranks(rank, 2)
-    config = make_config({"mlp.down_proj": codebook}, rotation_blocks=2)
+    config = make_config({"mlp.down_proj": codebook}, rotation_blocks=blocks)
     layer = vllm_linear.RowParallelLinear(HIDDEN, 40, bias=False, quant_config=config, prefix="mlp.down_proj")
     whole = random_tensors(codebook, 40)
     load(layer, whole)
     expected = whole["weight_packed"][:, rank * 4 : rank * 4 + 4]
     assert torch.equal(codes(layer, 0).view(torch.uint8).flatten(1), expected.flatten(1))
     assert torch.equal(layer.weight_scale, whole["weight_scale"])
-    assert layer.pvq_blocks == 1 and layer.pvq_weights.source_column == rank * 32
+    assert layer.pvq_blocks == blocks // 2 and layer.pvq_weights.source_column == rank * 32
 
 
 def test_one_rotation_over_two_ranks_is_refused_with_the_remedy(ranks):
@@ -262,7 +263,8 @@ def test_ranks_of_a_column_split_compute_the_columns_of_one(ranks):
     assert all(map(torch.equal, split, outputs(0, 1)))
 
 
-def test_ranks_of_a_row_split_compute_the_reference_of_their_columns(ranks):
+@pytest.mark.parametrize("activation", ["a8", "pvq:32,105"])
+def test_ranks_of_a_row_split_compute_the_reference_of_their_columns(ranks, activation):
     tensors = valid_tensors("pvq3", 40)
     q = ops.decode_codes(tensors["weight_packed"], "pvq3")
     x = torch.randn(5, HIDDEN)
@@ -272,15 +274,26 @@ def test_ranks_of_a_row_split_compute_the_reference_of_their_columns(ranks):
             HIDDEN,
             40,
             bias=False,
-            quant_config=make_config({"down": "pvq3"}, rotation_blocks=2),
+            quant_config=make_config({"down": "pvq3"}, rotation_blocks=2, activation=activation),
             prefix="down",
         )
         load(layer, tensors)
         finish(layer)
         columns = slice(rank * 32, rank * 32 + 32)
         rotation = Rotation(3, 32, 1, [32], first_column=rank * 32)
-        expected = reference.linear(x[:, columns], q[:, columns], 1, tensors["weight_scale"], rotation, "a8")
+        expected = reference.linear(
+            x[:, columns], q[:, columns], 1, tensors["weight_scale"], rotation, activation
+        )
         assert torch.equal(layer.quant_method.apply(layer, x[:, columns]), expected)
+
+
+def test_a_group_of_activations_must_not_straddle_ranks(ranks):
+    config = make_config({"down": "pvq3"}, rotation_blocks=2, activation="pvq:64,199")
+    ranks(0, 1)
+    vllm_linear.RowParallelLinear(HIDDEN, 40, bias=False, quant_config=config, prefix="down")
+    ranks(0, 2)
+    with pytest.raises(PVQError, match=r"down has 32 input columns on a rank, .* pvq:64,199"):
+        vllm_linear.RowParallelLinear(HIDDEN, 40, bias=False, quant_config=config, prefix="down")
 
 
 @pytest.mark.parametrize("rank", [0, 1])

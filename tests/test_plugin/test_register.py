@@ -97,11 +97,12 @@ def test_config_refuses_what_it_does_not_know_and_names_it(changes, named):
         PVQConfig.from_config(make_entry(**changes))
 
 
-def test_activation_mode_of_the_environment_reaches_the_models_configuration(monkeypatch):
+@pytest.mark.parametrize("mode", ["a16", "pvq:16,58"])
+def test_activation_mode_of_the_environment_reaches_the_models_configuration(monkeypatch, mode):
     hf_config = SimpleNamespace(quantization_config=make_entry(), text_config=None)
-    monkeypatch.setenv("PVQ_ACTIVATION", "a16")
+    monkeypatch.setenv("PVQ_ACTIVATION", mode)
     PVQConfig.override_quantization_method(hf_config.quantization_config, None, hf_config=hf_config)
-    assert PVQConfig.from_config(hf_config.quantization_config).checkpoint.activation == "a16"
+    assert PVQConfig.from_config(hf_config.quantization_config).checkpoint.activation == mode
     monkeypatch.setenv("PVQ_ACTIVATION", "a32")
     with pytest.raises(PVQError, match="PVQ_ACTIVATION is 'a32'"):
         PVQConfig.override_quantization_method(hf_config.quantization_config, None, hf_config=hf_config)
