@@ -23,13 +23,14 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(wildcard csrc/*.*
 export PATH := $(abspath $(BIN)):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo serve test test-page test-clients soak lint format setup cuda-all check-programs clean
+.PHONY: help demo serve test test-page test-parallel test-clients soak lint format setup cuda-all check-programs clean
 
 help:
 	@echo 'make demo    quantize a real model, serve it with vLLM, ask it, put load on it (build/demo/report.json)'
 	@echo 'make serve   serve the demo model (made first if it is not there), or MODEL=folder; the page is at http://127.0.0.1:8000/'
 	@echo 'make test    run all tests'
 	@echo 'make test-page   the tests of the page, in headless Chromium if there is one'
+	@echo 'make test-parallel   two ranks and two nodes on this machine: tensor, pipeline and data parallel; takes minutes'
 	@echo 'make test-clients   lm-eval, guidellm, schemathesis and vLLM'\''s load test against a server'
 	@echo 'make soak    malformed requests, clients that leave, overload and 30 minutes of mixed load against a server'
 	@echo 'make lint    ruff and, where it is installed, clang-format; make format applies them'
@@ -52,6 +53,9 @@ test: $(VENV)/.project
 test-page: $(VENV)/.project
 	@$(PIP) --quiet --no-deps --requirement requirements/browser.txt
 	@$(BIN)/python -m pytest tests/test_server/test_page.py tests/test_server/test_page_browser.py
+
+test-parallel: $(VENV)/.project
+	@PVQ_TEST_PARALLEL=1 $(BIN)/python -m pytest tests/test_server/test_parallel.py
 
 build/clients/.created: requirements/clients.txt $(VENV)/.requirements
 	$(BIN)/python -m venv build/clients
