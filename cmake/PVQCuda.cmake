@@ -77,6 +77,7 @@ target_sources(_C PRIVATE
   csrc/cuda/dispatch.cu
   csrc/cuda/encode.cu
   csrc/cuda/expand.cu
+  csrc/cuda/feedback.cu
   csrc/cuda/few_columns.cu
   csrc/cuda/many_columns.cu
   csrc/cuda/many_columns_wgmma.cu
@@ -88,6 +89,7 @@ target_sources(_C PRIVATE
   csrc/cuda/plan.cpp
   csrc/cuda/prefill_wgmma.cu
   csrc/cuda/project_tokens.cu
+  csrc/cuda/quantize.cu
   csrc/cuda/rotate_cluster.cu
   csrc/cuda/rotate_quantize.cu
   csrc/cuda/table.cpp

@@ -90,10 +90,19 @@ void bind_encoder(py::module_& m) {
   m.def(
       "encode_rows_with_feedback",
       [](int codebook, Address weight, Address row_scale, std::int64_t rows, std::int64_t columns, Address codes, Address q,
-         Address factor, Address error, int device, Address stream) {
+         Address factor, Address metrics, Address error, int device, Address stream) {
         const DeviceScope scope(device);
         encode_rows_with_feedback(encode_args(codebook, weight, row_scale, rows, columns, codes, q), at<const float>(factor),
-                                  at<float>(error), stream_at(stream));
+                                  at<const float>(metrics), at<float>(error), stream_at(stream));
+      },
+      Release());
+  m.def(
+      "descend_rows",
+      [](int codebook, Address weight, Address row_scale, std::int64_t rows, std::int64_t columns, Address codes, Address q,
+         Address gradient, Address hessian, Address metrics, int device, Address stream) {
+        const DeviceScope scope(device);
+        descend_rows(encode_args(codebook, weight, row_scale, rows, columns, codes, q), at<float>(gradient),
+                     at<const float>(hessian), at<const float>(metrics), stream_at(stream));
       },
       Release());
   m.def(

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <array>
 #include <mutex>
+#include <unordered_set>
 
 #include "launch.h"
 
@@ -27,6 +28,20 @@ const DeviceProperties& device_properties() {
     p.capability = 10 * major + minor;
   });
   return properties[static_cast<std::size_t>(device)];
+}
+
+void allow_shared_memory(const void* kernel) {
+  static std::array<std::unordered_set<const void*>, kMaxDevices> done;
+  static std::mutex mutex;
+  const int device = current_device();
+  const std::lock_guard lock(mutex);
+  if (!done[static_cast<std::size_t>(device)].insert(kernel).second) return;
+  cudaFuncAttributes attributes{};
+  check(cudaFuncGetAttributes(&attributes, kernel), "attributes of a kernel");
+  const int most = device_properties().max_shared_bytes - static_cast<int>(attributes.sharedSizeBytes);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "shared memory of a kernel");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+        "shared memory of a kernel");
 }
 
 }  // namespace pvq::cuda

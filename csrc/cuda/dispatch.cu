@@ -102,8 +102,7 @@ void linear(const CudaPlan& plan, const Constants& constants, const Call& call) 
   const Scratch scratch{reinterpret_cast<std::int32_t*>(call.workspace + w.partial), w.partial_elements, constants.counters};
   std::uint8_t* expanded = reinterpret_cast<std::uint8_t*>(call.workspace + w.expanded);
   const std::int64_t element_bytes = call.dtype == DType::kFloat32 ? 4 : 2;
-  const bool alone =
-      chosen == Choice::kAuto && call.num_tokens == 1 && plan.segments.size() == 1 && plan.projection.group_size == 0;
+  const bool alone = chosen == Choice::kAuto && plan.segments.size() == 1 && plan.projection.group_size == 0;
   bool quantized = false;
   for (const Segment& segment : plan.segments) {
     const Weight weight{segment.codebook,
@@ -116,7 +115,7 @@ void linear(const CudaPlan& plan, const Constants& constants, const Call& call) 
     const Output output{static_cast<char*>(call.y) + offset,
                         call.bias == nullptr ? nullptr : static_cast<const char*>(call.bias) + offset, call.dtype,
                         plan.out_features};
-    if (alone && one_token(tokens, weight, output, scratch, call.stream)) return;
+    if (alone && quantize_and_multiply(tokens, weight, output, scratch, call.stream)) return;
     if (!quantized) make_activations(tokens, a, call.stream);
     quantized = true;
     multiply(chosen, a, weight, output, scratch, expanded, call.stream);

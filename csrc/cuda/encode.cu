@@ -1,71 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <stdexcept>
-#include <string>
-#include <type_traits>
 
 #include "encode.h"
-#include "encode_search.cuh"
-#include "launch.h"
+#include "encode_book.cuh"
 
 namespace pvq::cuda {
 namespace {
 
 using namespace encoding;
-
-constexpr unsigned kWarp = 0xffffffffu;
-static_assert(kLadders == kGroupSize, "thread i of a group holds weight i and tries ladder i");
-
-constexpr bool shares_gains(const ServingCodebook& book) {
-  for (int p = 1; p < book.num_pyramids; ++p)
-    for (int g = 0; g < book.num_gains; ++g)
-      if (book.gains[p][g].base != book.gains[0][g].base || book.gains[p][g].step != book.gains[0][g].step) return false;
-  return true;
-}
-
-template <CodebookId kId>
-struct Book {
-  static constexpr ServingCodebook kBook = *find_codebook(kId);
-  static constexpr int kBytes = kBook.bytes_per_group, kRefinement = kBook.refinement_bits;
-  static constexpr int kPyramids = shares_gains(kBook) ? kBook.num_pyramids : 1;  // of one ladder
-  static constexpr int kNumLadders = kBook.num_gains * kBook.num_pyramids / kPyramids;
-  static_assert(kNumLadders <= kLadders, "a ladder for each thread of a group");
-};
-
-template <>
-struct Book<CodebookId::kInt8> {
-  static constexpr int kBytes = kGroupSize;
-};
-
-template <CodebookId kId>
-Search prepare() {
-  Search search{};
-  if constexpr (kId != CodebookId::kInt8) {
-    using B = Book<kId>;
-    constexpr ServingCodebook kBook = B::kBook;
-    search.num_ladders = B::kNumLadders;
-    search.shape_bits = kBook.shape_bits;
-    for (int i = 0; i < B::kNumLadders; ++i) {  // the CPU's order: sets of pyramids, then gains
-      Ladder& ladder = search.ladders[i];
-      ladder.pyramid = i / kBook.num_gains * B::kPyramids;
-      ladder.gain = i % kBook.num_gains;
-      const Rung rung = kBook.gains[ladder.pyramid][ladder.gain];
-      ladder.base = static_cast<float>(rung.base) + 0.5f;
-      ladder.step = static_cast<float>(rung.step);
-      ladder.inverse_step = 1.0f / ladder.step;
-      ladder.last = (kMaxMagnitude - rung.base) / rung.step;
-      for (int k = 0; k < B::kPyramids; ++k) {
-        ladder.pulses[k] = kBook.pyramids[ladder.pyramid + k];
-        if (k > 0 && ladder.pulses[k] >= ladder.pulses[k - 1]) throw std::logic_error("pyramids of a codebook must fall");
-      }
-    }
-    for (int p = 1; p < kBook.num_pyramids; ++p)
-      search.first_shape[p] = search.first_shape[p - 1] + num_compositions(kGroupSize, kBook.pyramids[p - 1]);
-    for (int parts = 1; parts <= kGroupSize; ++parts)
-      for (int total = 0; total <= kMaxDigit; ++total)
-        search.compositions[parts][total] = static_cast<std::uint16_t>(num_compositions(parts, total));
-  }
-  return search;
-}
 
 // What one of the eight threads of a group knows of its codeword.
 struct Encoded {
@@ -121,7 +63,6 @@ __device__ __forceinline__ Encoded encode_group(const Search& search, const Ladd
 }
 
 constexpr int kEncodeThreads = 256;
-constexpr int kRowThreads = 64;  // rows are few: small blocks spread them over the multiprocessors
 
 template <CodebookId kId>
 __global__ void __launch_bounds__(kEncodeThreads)
@@ -137,52 +78,6 @@ __global__ void __launch_bounds__(kEncodeThreads)
   if (!live) return;
   p.q[element] = static_cast<std::int8_t>(encoded.q);
   if (lane < Book<kId>::kBytes) p.codes[element / kGroupSize * Book<kId>::kBytes + lane] = encoded.byte;
-}
-
-// Eight threads a row. Thread i has the columns i, i + 8, ... of its row to itself, in `error`.
-template <CodebookId kId>
-__global__ void __launch_bounds__(kRowThreads)
-    feedback_kernel(const __grid_constant__ EncodeArgs p, const __grid_constant__ Search search, const float* factor,
-                    float* error) {
-  wait_for_dependencies();
-  constexpr float kHalf = kId == CodebookId::kInt8 ? 0.0f : 0.5f;
-  const std::int64_t row = (static_cast<std::int64_t>(blockIdx.x) * kRowThreads + threadIdx.x) / kGroupSize, n = p.columns;
-  const int lane = static_cast<int>(threadIdx.x) % kGroupSize;
-  const bool live = row < p.rows;
-  const float scale = live ? p.row_scale[row] : 0.0f, inverse = inverse_scale(scale);
-  const Ladder mine = search.ladders[lane];
-  float* work = error + row * n;
-  if (live)
-    for (std::int64_t c = lane; c < n; c += kGroupSize) work[c] = p.weight[row * n + c];
-  for (std::int64_t first = 0; first < n; first += kGroupSize) {
-    const float weight = live ? work[first + lane] : 0.0f;
-    float above[kGroupSize];  // column `lane` of U_QQ; what is below the diagonal is not used
-#pragma unroll
-    for (int i = 0; i < kGroupSize; ++i) above[i] = factor[(first + i) * n + first + lane];
-    const float diagonal = factor[(first + lane) * n + first + lane];
-    const Encoded encoded = encode_group<kId>(search, mine, multiply(weight, inverse), lane);
-
-    // E U_QQ = w - what: forward substitution, each thread one column
-    float value = subtract(weight, multiply(add(static_cast<float>(encoded.q), kHalf), scale)), e[kGroupSize];
-#pragma unroll
-    for (int i = 0; i < kGroupSize; ++i) {
-      e[i] = __shfl_sync(kWarp, divide(value, diagonal), i, kGroupSize);
-      if (i < lane) value = subtract(value, multiply(e[i], above[i]));
-    }
-    if (!live) continue;
-    float own = e[0];
-#pragma unroll
-    for (int i = 1; i < kGroupSize; ++i) own = i == lane ? e[i] : own;
-    work[first + lane] = own;
-    p.q[row * n + first + lane] = static_cast<std::int8_t>(encoded.q);
-    if (lane < Book<kId>::kBytes) p.codes[(row * n + first) / kGroupSize * Book<kId>::kBytes + lane] = encoded.byte;
-    for (std::int64_t c = first + kGroupSize + lane; c < n; c += kGroupSize) {
-      float sum = work[c];
-#pragma unroll
-      for (int i = 0; i < kGroupSize; ++i) sum = subtract(sum, multiply(e[i], factor[(first + i) * n + c]));
-      work[c] = sum;
-    }
-  }
 }
 
 template <CodebookId kId>
@@ -203,30 +98,6 @@ __global__ void __launch_bounds__(kRowThreads)
   if (live && lane == 0) error[row] = multiply(sum, multiply(scale, scale));
 }
 
-dim3 blocks_of(std::int64_t threads, int block) {
-  const std::int64_t blocks = (threads + block - 1) / block;
-  if (blocks > 0x7fffffff) throw std::invalid_argument("too many weights for one launch");
-  return dim3(static_cast<unsigned>(blocks));
-}
-
-template <CodebookId kId>
-using Id = std::integral_constant<CodebookId, kId>;
-
-template <typename Function>
-void with_codebook(CodebookId id, Function function) {
-  switch (id) {
-    case CodebookId::kPvq2:
-      return function(Id<CodebookId::kPvq2>());
-    case CodebookId::kPvq3:
-      return function(Id<CodebookId::kPvq3>());
-    case CodebookId::kPvq4:
-      return function(Id<CodebookId::kPvq4>());
-    case CodebookId::kInt8:
-      return function(Id<CodebookId::kInt8>());
-  }
-  throw std::invalid_argument("unknown codebook id " + std::to_string(static_cast<int>(id)));
-}
-
 }  // namespace
 
 void encode_rows(const EncodeArgs& args, cudaStream_t stream) {
@@ -235,15 +106,6 @@ void encode_rows(const EncodeArgs& args, cudaStream_t stream) {
   with_codebook(args.codebook, [&](auto id) {
     constexpr CodebookId kId = decltype(id)::value;
     launch(encode_kernel<kId>, grid, dim3(kEncodeThreads), 0, stream, args, prepare<kId>());
-  });
-}
-
-void encode_rows_with_feedback(const EncodeArgs& args, const float* factor, float* error, cudaStream_t stream) {
-  if (args.rows == 0 || args.columns == 0) return;
-  const dim3 grid = blocks_of(args.rows * kGroupSize, kRowThreads);
-  with_codebook(args.codebook, [&](auto id) {
-    constexpr CodebookId kId = decltype(id)::value;
-    launch(feedback_kernel<kId>, grid, dim3(kRowThreads), 0, stream, args, prepare<kId>(), factor, error);
   });
 }
 

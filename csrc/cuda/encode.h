@@ -23,9 +23,13 @@ struct EncodeArgs {
 // The nearest codeword of every group.
 void encode_rows(const EncodeArgs& args, cudaStream_t stream);
 
-// The same from left to right with error feedback. factor [columns, columns]: U_BB. error, out [rows, columns], holds the weights
-// still to come until their turn, so that any number of columns fits.
-void encode_rows_with_feedback(const EncodeArgs& args, const float* factor, float* error, cudaStream_t stream);
+// cpu::encode_rows_with_feedback. factor [columns, columns]: U_BB. error, out [rows, columns], holds the weights still to come
+// until their turn, so that any number of columns fits.
+void encode_rows_with_feedback(const EncodeArgs& args, const float* factor, const float* metrics, float* error,
+                               cudaStream_t stream);
+
+// cpu::descend_rows. gradient is used up: it follows the changes.
+void descend_rows(const EncodeArgs& args, float* gradient, const float* hessian, const float* metrics, cudaStream_t stream);
 
 // Sum of squared errors of encode_rows over every `stride`-th group of each row, out [rows]. Not for int8.
 void encoding_error(CodebookId codebook, const float* weight, const float* row_scale, std::int64_t rows, std::int64_t columns,

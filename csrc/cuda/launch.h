@@ -44,14 +44,15 @@ __device__ __forceinline__ void wait_for_dependencies() {
 #endif
 }
 
+// Lets `kernel` take as much shared memory as there is. All kernels ask for the largest share of the first-level cache: with
+// shares of different sizes the blocks of two kernels cannot be on one multiprocessor at the same time.
+void allow_shared_memory(const void* kernel);
+
 // `kernel` must call wait_for_dependencies(). overlap: let it start before the kernel in front of it has ended.
 template <typename... Parameters, typename... Arguments>
 void launch_overlapping(bool overlap, void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes,
                         cudaStream_t stream, Arguments&&... arguments) {
-  if (shared_bytes > 32 * 1024)  // with static variables it may pass the default limit of 48 KB
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shared_bytes)),
-          "shared memory of a kernel");
+  allow_shared_memory(reinterpret_cast<const void*>(kernel));
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;

@@ -67,7 +67,7 @@ struct Scratch {
 };
 constexpr int kNumCounters = 4096;
 
-constexpr int kMaxFewColumns = 16;
+constexpr int kMaxFewColumns = 32;
 
 // Words of the table a kernel copies to shared memory: digit words by shape (pvq3, pvq4), or for pvq2 the magnitudes of all 256
 // codes as pairs of words (weights 0-3, 4-7). Empty for int8.
@@ -75,14 +75,16 @@ std::vector<std::uint32_t> device_table(CodebookId id);
 
 // Rotate and quantize tokens (format.md §5, §6).
 void rotate_quantize(const Tokens& tokens, const Activations& out, cudaStream_t stream);
-// Its version for few tokens; false if there is none for these.
+// Its versions for tokens that need no rotation, and for few tokens; the latter false if there is none for these.
+void quantize(const Tokens& tokens, const Activations& out, cudaStream_t stream);
 bool rotate_in_clusters(const Tokens& tokens, const Activations& out, cudaStream_t stream);
 
 // Rotate, project onto tokens.projection and quantize (format.md §5, §6).
 void project_tokens(const Tokens& tokens, const Activations& out, cudaStream_t stream);
 
 // Quantize and multiply in one launch: one token (both planes of it) without rotation, one segment. False for anything else.
-bool one_token(const Tokens& tokens, const Weight& weight, const Output& output, const Scratch& scratch, cudaStream_t stream);
+bool quantize_and_multiply(const Tokens& tokens, const Weight& weight, const Output& output, const Scratch& scratch,
+                           cudaStream_t stream);
 
 // Whether a product should start while its activations are being quantized. Not where the quantizer of wide tokens would keep
 // some of the product's blocks waiting for long, with all their work before them.

@@ -21,7 +21,7 @@ namespace {
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kMaxTiles = 16;  // of eight columns in a block
 constexpr int kMaxSplits = 32;
-constexpr int kBlockGroup = 16;       // column blocks that run side by side: their activations stay in the second-level cache
+constexpr int kBlockGroup = 16;  // column blocks that run side by side: their activations stay in the second-level cache
 
 constexpr int row_tiles_of_warp(int tiles) { return tiles >= 8 ? 2 : 1; }
 constexpr int block_rows(int tiles) { return kWarps * kTileRows * row_tiles_of_warp(tiles); }
@@ -57,16 +57,6 @@ struct Parameters {
   int row_tiles;  // in the packed weight
   int row_blocks, column_blocks, splits;
 };
-
-__device__ __forceinline__ void load_fragments(std::uint32_t address, std::uint32_t (&b)[4]) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
-               : "r"(address)
-               : "memory");
-}
-__device__ __forceinline__ void load_fragments(std::uint32_t address, std::uint32_t (&b)[2]) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(b[0]), "=r"(b[1]) : "r"(address) : "memory");
-}
 
 // A value of the output's type, widened; or narrowed into it.
 __device__ __forceinline__ float read_value(const void* from, DType dtype, std::int64_t i) {

@@ -4,13 +4,10 @@
 // shared.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
-#include <type_traits>
 
 #include "../paley.h"
+#include "element.cuh"
 #include "linear.h"
 
 namespace pvq::cuda {
@@ -40,30 +37,6 @@ __device__ __forceinline__ void butterflies(float (&v)[kRadix]) {
         v[i] = a + b;
         v[i + h] = a - b;
       }
-}
-
-template <DType kType>
-using Element = std::conditional_t<kType == DType::kFloat32, float, std::uint16_t>;
-
-template <DType kType>
-__device__ __forceinline__ float widen(Element<kType> bits) {
-  if constexpr (kType == DType::kFloat32)
-    return bits;
-  else if constexpr (kType == DType::kBFloat16)
-    return __uint_as_float(static_cast<std::uint32_t>(bits) << 16);
-  else
-    return __half2float(__ushort_as_half(bits));
-}
-
-// Eight columns from an address aligned to 16 bytes.
-template <DType kType>
-__device__ __forceinline__ void widen_eight(const Element<kType>* from, float (&v)[8]) {
-  constexpr int kWords = sizeof(Element<kType>) * 8 / 16;
-  alignas(16) Element<kType> elements[8];
-#pragma unroll
-  for (int i = 0; i < kWords; ++i) reinterpret_cast<uint4*>(elements)[i] = reinterpret_cast<const uint4*>(from)[i];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) v[i] = widen<kType>(elements[i]);
 }
 
 __device__ __forceinline__ float flip_sign(float value, std::uint32_t bit_in_front) {  // by the top bit of the word
@@ -196,43 +169,6 @@ __device__ __forceinline__ void rotate_token(const Group& group, const void* x, 
     }
     if (power) power_passes(group, y, n, at_load ? 8 : 1, last);
   }
-}
-
-// Scale of a token from the largest bit pattern of its magnitudes.
-struct TokenScale {
-  bool zero;  // all activations are 0
-  float token_scale, inverse;
-  __device__ __forceinline__ TokenScale(std::uint32_t largest, int num_planes, float scale_constant) {
-    const float magnitude = __uint_as_float(largest);
-    const bool finite = largest < 0x7f800000u;
-    zero = !finite || magnitude < 0x1p-60f;
-    inverse = zero ? 0.0f : __fdiv_rn(num_planes == 1 ? 127.0f : 32512.0f, magnitude);
-    token_scale = !finite ? __int_as_float(0x7fc00000) : zero ? 0.0f : __fmul_rn(magnitude, scale_constant);
-  }
-};
-
-struct QuantizedQuad {  // four activations of the high (or only) and of the low plane
-  std::uint32_t high, low;
-};
-
-__device__ __forceinline__ QuantizedQuad quantize_quad(const float* from, const TokenScale& scale, int num_planes) {
-  std::int32_t a[4] = {};
-  if (!scale.zero) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) a[i] = __float2int_rn(__fmul_rn(from[i], scale.inverse));
-  }
-  QuantizedQuad words{0, 0};
-  if (num_planes == 2) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const std::int32_t high = (a[i] + 128) >> 8;
-      words.low |= (static_cast<std::uint32_t>(a[i] - 256 * high) & 0xffu) << (8 * i);
-      a[i] = high;
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) words.high |= (static_cast<std::uint32_t>(a[i]) & 0xffu) << (8 * i);
-  return words;
 }
 
 // Quantize `y`: store(plane, quad, word) once for each four columns, zeros from in_features to `padded`. Returns the token scale;
