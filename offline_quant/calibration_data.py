@@ -15,7 +15,7 @@ import torch
 
 from pvq_vllm.codec.errors import PVQError
 
-BUILTIN = "builtin"
+BUILTIN, SELF = "builtin", "self"  # instead of a path
 TABLES = (".parquet", ".jsonl", ".arrow")
 DOCUMENTS_PER_SEQUENCE = 4  # taken at first; twice as many as long as they are too short
 

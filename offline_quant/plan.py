@@ -11,6 +11,7 @@ from pvq_vllm.codec.errors import PVQError
 from pvq_vllm.codec.format import CheckpointConfig, Codebook, ModuleSpec, expected_tensors
 from pvq_vllm.codec.rotation import rotation_layout
 
+from .calibration_data import BUILTIN, SELF
 from .model_source import ModelSource
 
 CODEBOOK_OF_BITS = {
@@ -87,7 +88,7 @@ class Settings:
                 raise PVQError(f"{option} is {value}, but must be at least 1")
         if not 0 <= self.seed < 2**64:
             raise PVQError(f"--seed is {self.seed}, but must be from 0 to 2^64 - 1")
-        if self.calibration not in (None, "builtin", "self") and not os.path.exists(self.calibration):
+        if self.calibration not in (None, BUILTIN, SELF) and not os.path.exists(self.calibration):
             raise PVQError(
                 f"--calibration {self.calibration}: there is no such file or folder; without data of your own, "
                 "use builtin or self"

@@ -16,7 +16,7 @@ import torch
 
 from pvq_vllm.codec.format import FORMAT_VERSION, CheckpointConfig, Codebook
 
-from .calibration_data import calibration_tokens, tokens_digest
+from .calibration_data import SELF, calibration_tokens, tokens_digest
 from .checkpoint_writer import CheckpointWriter, check_destination
 from .model_card import model_card
 from .model_source import ModelSource
@@ -25,6 +25,7 @@ from .plan import Settings, plan_checkpoint
 from .rate_plan import choose_rates, module_bits, rate_candidates, with_codebooks
 from .report import make_report, timings
 from .residual_rotation import rotated_source
+from .self_calibration import check_memory, sample_tokens
 from .sensitivity import measure_losses
 
 # Files of the source folder that belong to the checkpoint as they are.
@@ -60,6 +61,8 @@ def quantize_checkpoint(
     if not resume:
         check_destination(out, overwrite)
     source = rotated_source(ModelSource.open(model), settings.rotation, settings.seed)
+    if settings.calibration == SELF and not resume:
+        check_memory(source, settings.device)
     config = plan_checkpoint(source, settings)
     weights = {name: math.prod(source.weight_shape(name)) for name in config.modules}
     candidates = {}
@@ -67,7 +70,7 @@ def quantize_checkpoint(
         candidates = rate_candidates(source, config, settings)
         config = with_codebooks(config, _smallest(source, candidates))  # until the sensitivities are known
     parts = plan_parts(source, config)
-    data = _CalibrationData(source, settings)
+    data = _CalibrationData(source, settings, progress)
     run = CheckpointWriter(
         out,
         _fingerprint(source, settings, data),
@@ -81,13 +84,13 @@ def quantize_checkpoint(
         predicted = None
         if candidates:
             tell = partial(progress, weights=0)
-            losses = measure_losses(source, config, settings, candidates, data.tokens(), writer, tell)
+            losses = measure_losses(source, config, settings, candidates, data.tokens(writer), writer, tell)
             chosen = choose_rates(source, candidates, losses, settings.target_bpw)
             config = with_codebooks(config, chosen)
             parts = plan_parts(source, config)
             writer.plan_again([part.outputs for part in parts])
             predicted = sum(losses[name][str(chosen[name])] for name in losses)
-        worker = PartWorker(source, config, settings, writer, parts, data.tokens)
+        worker = PartWorker(source, config, settings, writer, parts, partial(data.tokens, writer))
         for index in worker.order():
             if not writer.has_part(index):
                 worker.make(index, lambda name: progress(name, weights[name]))
@@ -110,25 +113,33 @@ def quantize_checkpoint(
 
 
 class _CalibrationData:
-    """The calibration tokens of a run."""
+    """The calibration tokens of a run. Those that the model writes itself are drawn when they are needed first,
+    and kept for the case that the run is interrupted.
+    """
 
-    def __init__(self, source: ModelSource, settings: Settings) -> None:
+    def __init__(self, source: ModelSource, settings: Settings, progress: Progress) -> None:
+        self._source, self._settings, self._progress = source, settings, progress
+        self._size = settings.calibration_sequences, settings.calibration_length
         self._tokens: torch.Tensor | None = None
-        if settings.calibration is not None:
-            self._tokens = calibration_tokens(
-                source.folder,
-                settings.calibration,
-                settings.calibration_sequences,
-                settings.calibration_length,
-            )
+        if settings.calibration not in (None, SELF):
+            self._tokens = calibration_tokens(source.folder, settings.calibration, *self._size)
 
-    def tokens(self) -> torch.Tensor:
+    def digest(self) -> str | None:
+        """Return what tells these tokens from others, as far as the settings do not."""
+        if self._tokens is None:
+            return self._settings.calibration
+        return tokens_digest(self._tokens)
+
+    def tokens(self, writer: CheckpointWriter) -> torch.Tensor:
         """Return int64 [sequences, length]."""
+        if self._tokens is None:
+            self._tokens = writer.kept_tensors("tokens", self._sample)["tokens"]
         return self._tokens
 
-    def digest(self) -> str:
-        """Return what tells these tokens from others."""
-        return tokens_digest(self._tokens)
+    def _sample(self) -> dict[str, torch.Tensor]:
+        seed, device = self._settings.seed, self._settings.device
+        tell = partial(self._progress, weights=0)
+        return {"tokens": sample_tokens(self._source, *self._size, seed, device, tell)}
 
 
 def _smallest(source: ModelSource, candidates: dict[str, list[Codebook]]) -> dict[str, Codebook]:
