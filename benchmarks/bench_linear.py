@@ -72,7 +72,7 @@ def main() -> None:
     )
     parser.add_argument("--codebooks", default="pvq4,pvq3,pvq2,int8")
     parser.add_argument("--tokens", default="1,4,32,512")
-    parser.add_argument("--activation", default="a8", choices=("a8", "a16"))
+    parser.add_argument("--activation", default="a8", help="a8, a16 or pvq:D,K (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=1.0, help="per case")
     parser.add_argument(
