@@ -116,6 +116,7 @@ const age = (seconds) => {
 // ---- asking the server ----
 
 class Refused extends Error {}
+class Unreachable extends Error {}
 
 let key = null;
 try {
@@ -146,9 +147,12 @@ function unlock(value) {
 
 const headers = () => (key ? { Authorization: `Bearer ${key}` } : {});
 
-/** Fetch ``path`` with the key; Refused if the server wants another one. */
+/** Fetch ``path`` with the key; Refused if the server wants another one, Unreachable if it does not answer. */
 async function get(path) {
-  const answer = await fetch(path, { headers: headers(), cache: "no-store", signal: AbortSignal.timeout(TIMEOUT_MS) });
+  const options = { headers: headers(), cache: "no-store", signal: AbortSignal.timeout(TIMEOUT_MS) };
+  const answer = await fetch(path, options).catch(() => {
+    throw new Unreachable();
+  });
   if (answer.status === 401) throw new Refused();
   return answer;
 }
@@ -342,11 +346,11 @@ async function poll() {
     }
   } catch (error) {
     if (error instanceof Refused) askForKey();
-    else {
+    else if (error instanceof Unreachable) {
       showState("failed", "Unreachable", "The server does not answer. This page goes on trying.");
       blank();
       toldAt = -Infinity;
-    }
+    } else console.error(error); // the next poll may do better
   }
 }
 

@@ -63,7 +63,9 @@ def open_page(browser, backend):
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on(
             "console",
-            lambda message: "Content Security Policy" in message.text and complaints.append(message.text),
+            lambda message: (
+                re.search(r"Content Security Policy|Error:", message.text) and complaints.append(message.text)
+            ),
         )
         page.goto(backend.url)
         return page
