@@ -69,6 +69,7 @@ def run_row(row: Row, protocol: Protocol, peers: Path, keep: bool) -> dict:
         "details": made.details,
         "seconds": round(seconds, 1),
         "commit": version,
+        "threads": torch.get_num_threads(),
     }
 
 
@@ -88,12 +89,15 @@ def main() -> int:
     parser.add_argument("--redo", action="store_true", help="run rows again that are there")
     parser.add_argument("--keep", action="store_true", help="keep the quantized models")
     parser.add_argument("--docs", action="store_true", help="write the table and the picture into docs/")
+    parser.add_argument(
+        "--threads", type=int, default=len(os.sched_getaffinity(0)), help="of every program that is run"
+    )
     parser.add_argument("--list", action="store_true", help="list the rows and stop")
     arguments = parser.parse_args()
     if arguments.list:
         print("\n".join(f"{row.key:24} {row.label}" for row in ROWS.values()))
         return 0
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(arguments.threads)
     protocol = Protocol(
         arguments.model, arguments.calibration, arguments.evaluation, arguments.out,
         arguments.calibration_sequences, arguments.evaluation_sequences, arguments.length,

@@ -94,7 +94,7 @@ def _project(
             str(protocol.model),
             str(work / "pvq"),
         ]
-        command += ["--lm-head", "16", *arguments]
+        command += ["--lm-head", "16", "--threads", str(torch.get_num_threads()), *arguments]
         if calibrate:
             command += ["--calibration", str(protocol.calibration_text)]
             command += ["--calibration-sequences", str(protocol.calibration_sequences)]

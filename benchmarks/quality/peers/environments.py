@@ -51,7 +51,8 @@ def run_job(folder: Path, name: str, script: str, job: dict, work: Path) -> tupl
     out = work / "answer.safetensors"
     job_file = work / "job.json"
     job_file.write_text(json.dumps({**job, "out": str(out)}))
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    fixed = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(job["threads"])}
+    environment = {**os.environ, **fixed}
     with open(work / "log.txt", "wb") as log:
         process = subprocess.run(
             [python, Path(__file__).parent / script, job_file],

@@ -13,12 +13,13 @@ from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
 
 
 def main() -> None:
     job = read_job()
     options = job["options"]
-    model = load_model(job)
+    model = load_model(job, torch.bfloat16)
     tokens = calibration_tokens(job)
     linears = decoder_linears(model)
     config_groups = {}
@@ -37,6 +38,9 @@ def main() -> None:
     if options["method"] == "gptq":
         recipe = [GPTQModifier(config_groups=config_groups, ignore=["lm_head"])]
     else:
+        if not torch.accelerator.is_available():
+            # Pinned memory only makes copies to an accelerator faster, but AWQModifier asks for it always.
+            IntermediatesCache.pin_memory = lambda cache, index: None
         recipe = [
             AWQModifier(n_grid=options["n_grid"]),
             QuantizationModifier(config_groups=config_groups, ignore=["lm_head"]),
@@ -55,15 +59,8 @@ def main() -> None:
         for name, module in linears.items():
             args = module.quantization_scheme.weights
             zero_point = getattr(module, "weight_zero_point", None)
-            module.weight.copy_(
-                fake_quantize(
-                    module.weight,
-                    module.weight_scale,
-                    zero_point,
-                    args,
-                    g_idx=getattr(module, "weight_g_idx", None),
-                )
-            )
+            scale = module.weight_scale.half().float()  # 16 bits are counted
+            module.weight.copy_(fake_quantize(module.weight, scale, zero_point, args))
             scales = module.weight_scale.numel()
             zero_bits = 0 if args.symmetric else args.num_bits
             stored[name] = args.num_bits * module.weight.numel() + scales * (16 + zero_bits)
