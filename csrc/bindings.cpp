@@ -142,9 +142,17 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "encode_rows_with_feedback",
       [](std::uintptr_t weight, std::uintptr_t row_scale, std::int64_t rows, std::int64_t columns, int codebook,
-         std::uintptr_t codes, std::uintptr_t q, std::uintptr_t factor, std::uintptr_t error) {
+         std::uintptr_t codes, std::uintptr_t q, std::uintptr_t factor, std::uintptr_t metrics, std::uintptr_t error) {
         pvq::cpu::encode_rows_with_feedback(encode_args(weight, row_scale, rows, columns, codebook, codes, q),
-                                            at<const float>(factor), at<float>(error));
+                                            at<const float>(factor), at<const float>(metrics), at<float>(error));
+      },
+      Release());
+  m.def(
+      "descend_rows",
+      [](std::uintptr_t weight, std::uintptr_t row_scale, std::int64_t rows, std::int64_t columns, int codebook,
+         std::uintptr_t codes, std::uintptr_t q, std::uintptr_t gradient, std::uintptr_t hessian, std::uintptr_t metrics) {
+        pvq::cpu::descend_rows(encode_args(weight, row_scale, rows, columns, codebook, codes, q), at<const float>(gradient),
+                               at<const float>(hessian), at<const float>(metrics));
       },
       Release());
   m.def(

@@ -44,12 +44,19 @@ class HessianSum:
 
 @dataclass(frozen=True)
 class RotatedHessian:
-    """What error feedback needs of one input, shared by all linears that read it: R H R^T and the factor U of
-    its inverse.
+    """What error feedback needs of one input, shared by all linears that read it.
+
+    ``hessian``: H' = R H R^T, float32 [n, n]. ``damping``: what is added to its diagonal. ``factor``: U,
+    float32 [n, n] upper, U^T U = (H' + damping I)^-1. The metrics of every group Q of eight columns, float32
+    [n / 8, 2, 8, 8], each as an upper u and M = u^-1 u^-T: ``feedback_metrics`` with u = U_QQ,
+    ``descent_metrics`` with M = H'_QQ + damping I.
     """
 
     hessian: torch.Tensor
+    damping: float
     factor: torch.Tensor
+    feedback_metrics: torch.Tensor
+    descent_metrics: torch.Tensor
 
     @classmethod
     def of(cls, hessian: torch.Tensor, rotation) -> "RotatedHessian":
@@ -57,7 +64,34 @@ class RotatedHessian:
         rotated).
         """
         rotated = rotate_hessian(hessian, rotation)
-        return cls(rotated, inverse_factor(rotated))
+        factor, damping = _damped_factor(rotated, DAMPING)
+        u = _diagonal_blocks(factor)
+        inverse = _inverse_upper(u)
+        m = _diagonal_blocks(rotated)
+        m.diagonal(dim1=1, dim2=2).add_(damping)
+        return cls(
+            rotated,
+            damping,
+            factor,
+            torch.stack([u, inverse @ inverse.mT], dim=1).float(),
+            torch.stack([_inverse_upper(_reversed_cholesky(m)), m], dim=1).float(),
+        )
+
+
+def _diagonal_blocks(matrix: torch.Tensor) -> torch.Tensor:
+    """Return the blocks of eight columns on the diagonal, float64 [n / 8, 8, 8]."""
+    blocks = matrix.reshape(matrix.shape[0] // 8, 8, -1, 8).diagonal(dim1=0, dim2=2)
+    return blocks.permute(2, 0, 1).to(torch.float64, copy=True)
+
+
+def _reversed_cholesky(matrix: torch.Tensor) -> torch.Tensor:
+    """Return the upper V with V V^T = matrix, [..., n, n]."""
+    return torch.linalg.cholesky(matrix.flip(-2, -1)).flip(-2, -1)
+
+
+def _inverse_upper(upper: torch.Tensor) -> torch.Tensor:
+    identity = torch.eye(upper.shape[-1], dtype=upper.dtype, device=upper.device).expand_as(upper)
+    return torch.linalg.solve_triangular(upper, identity, upper=True)
 
 
 def rotate_hessian(hessian: torch.Tensor, rotation) -> torch.Tensor:
@@ -79,6 +113,11 @@ def inverse_factor(hessian: torch.Tensor, damping: float = DAMPING) -> torch.Ten
     Raises:
         PVQError: H is not finite.
     """
+    return _damped_factor(hessian, damping)[0]
+
+
+def _damped_factor(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
+    """Return (U, what was added to the diagonal) of ``inverse_factor``."""
     if not hessian.isfinite().all():
         raise PVQError(
             "the activations of the calibration text overflow: use another text or another activation dtype"
@@ -88,7 +127,7 @@ def inverse_factor(hessian: torch.Tensor, damping: float = DAMPING) -> torch.Ten
     diagonal = work.diagonal()
     mean = diagonal.mean()
     if mean <= 0:
-        return torch.eye(width, device=hessian.device)
+        return torch.eye(width, device=hessian.device), 1.0
     diagonal[diagonal == 0] = mean
     mean = diagonal.mean().item()
     reversed_work = work.flip(0, 1)
@@ -104,5 +143,4 @@ def inverse_factor(hessian: torch.Tensor, damping: float = DAMPING) -> torch.Ten
         raise PVQError("the Hessian of the calibration text cannot be factored: use a longer text")
     del reversed_work, work
     upper = factor.flip(0, 1)  # H = upper @ upper.T
-    identity = torch.eye(width, dtype=upper.dtype, device=upper.device)
-    return torch.linalg.solve_triangular(upper, identity, upper=True).float()
+    return _inverse_upper(upper).float(), added

@@ -1,15 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantize one weight matrix: rotate its rows, scale them, choose codes, with error feedback when a Hessian
+"""Quantize one weight matrix: rotate its rows, scale them, choose codes, in the metric of a Hessian when one
 is given.
 
-Without a Hessian every group of eight weights gets its nearest codeword (gain and shape chosen together).
-With one, the groups are quantized from left to right and each error is spread over the columns still to come
-(LLVQ's algorithm 1, GPTQ with groups):
-
-    W_hat[:, Q] = quantize(W[:, Q]);   E = (W[:, Q] - W_hat[:, Q]) U_QQ^-1;   W[:, R] -= E U_QR
-
-with H^-1 = U^T U, all in rotated coordinates. Blocks of 128 columns run inside the compiled module; the rest
-is a matrix product. At the end each row scale is fitted again in the metric of H: s = (q H w) / (q H q).
+Without a Hessian every group of eight weights gets its nearest codeword (gain and shape chosen together) and
+each row the scale that then fits best. With one, the codes come from ``error_feedback``.
 """
 
 import math
@@ -25,11 +19,13 @@ from pvq_vllm.codec.format import Codebook
 from pvq_vllm.codec.serving import SERVING
 
 from .canonical_quantizer import quantize_with_feedback
+from .error_feedback import DESCENT_PASSES, descend, feedback, fit_scale
 from .hessian import RotatedHessian
 from .rotation import rotate_rows, unrotate_rows
 
-FEEDBACK_BLOCK = 128  # columns; as wide as GPTQ's, so the trailing update is a matrix product of useful size
-CHUNK_WEIGHTS = 1 << 24  # rows are independent, so a tall matrix is done in pieces of 64 MB float32
+# Rows are independent, so a tall matrix is done in pieces: 64 MB float32. A GPU wants more rows at once, and has more memory.
+CHUNK_WEIGHTS = 1 << 24
+CHUNK_WEIGHTS_GPU = 1 << 27
 
 
 @dataclass
@@ -91,7 +87,8 @@ def quantize_weight(
     if codebook.name == "canonical":
         return _quantize_canonical(weight, codebook, rotation, hessian, dequantize, amplitude)
     packed, scales, restored, energy = [], [], [], _Energy()
-    for rows in weight.split(max(1, CHUNK_WEIGHTS // in_features)):
+    chunk = CHUNK_WEIGHTS_GPU if weight.is_cuda else CHUNK_WEIGHTS
+    for rows in weight.split(max(1, chunk // in_features)):
         rotated = rotate_rows(rows.float(), rotation)
         codes, scale, q = _quantize_chunk(rotated, codebook, hessian)
         approximation = (q.float() + codebook.h / 2) * scale[:, None]
@@ -119,13 +116,19 @@ def _quantize_chunk(
         scale > 0
     )  # a row of zeros, or one below float16: stored with the scale 0, whatever its codes
     working_scale = torch.where(is_zero, 1.0, scale)
+
+    def fitted(q: torch.Tensor) -> torch.Tensor:
+        metric = None if hessian is None else hessian.hessian
+        return fit_scale(weight, q.float() + codebook.h / 2, metric, working_scale)
+
     if hessian is None:
         codes, q = ops.quantize_rows(weight, codebook.name, working_scale)
     else:
-        codes, q = feedback(weight, hessian.factor, codebook.name, working_scale)
-    metric = None if hessian is None else hessian.hessian
-    fitted = _fit_scale(weight, q.float() + codebook.h / 2, metric, working_scale)
-    return codes, torch.where(is_zero, 0.0, fitted), q
+        codes, q = feedback(weight, hessian, codebook.name, working_scale)
+        for _ in range(DESCENT_PASSES):
+            working_scale = fitted(q)
+            descend(weight, codes, q, hessian, codebook.name, codebook.h, working_scale)
+    return codes, torch.where(is_zero, 0.0, fitted(q)), q
 
 
 def _initial_scale(weight: torch.Tensor, codebook_name: str) -> torch.Tensor:
@@ -140,47 +143,6 @@ def _initial_scale(weight: torch.Tensor, codebook_name: str) -> torch.Tensor:
     else:
         scale = weight.square().mean(dim=1).sqrt() / SERVING[codebook_name].target_rms
     return scale.to(torch.float16).float()
-
-
-def feedback(
-    weight: torch.Tensor, factor: torch.Tensor, codebook_name: str, row_scale: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize rotated rows from left to right with error feedback.
-
-    Args:
-        weight: [m, n] float32, rotated; not modified.
-        factor: U, [n, n] float32, upper, U^T U = H^-1.
-        row_scale: [m] float32, positive.
-    Returns:
-        (codes uint8 [m, n / 8, B], q int8 [m, n]).
-    """
-    work = weight.clone()
-    codes, q = [], []
-    for start in range(0, weight.shape[1], FEEDBACK_BLOCK):
-        stop = min(start + FEEDBACK_BLOCK, weight.shape[1])
-        block_codes, block_q, error = ops.feedback_block(
-            work[:, start:stop].contiguous(),
-            factor[start:stop, start:stop].contiguous(),
-            codebook_name,
-            row_scale,
-        )
-        codes.append(block_codes)
-        q.append(block_q)
-        if stop < weight.shape[1]:
-            work[:, stop:] -= error @ factor[start:stop, stop:]
-    return torch.cat(codes, dim=1), torch.cat(q, dim=1)
-
-
-def _fit_scale(
-    weight: torch.Tensor, levels: torch.Tensor, hessian: torch.Tensor | None, fallback: torch.Tensor
-) -> torch.Tensor:
-    """Return argmin over s of |w - s * levels|, in the metric of H if there is one, per row, on the float16
-    grid.
-    """
-    weighted = levels if hessian is None else levels @ hessian
-    norm = (weighted * levels).sum(dim=1)
-    fitted = ((weighted * weight).sum(dim=1) / norm).to(torch.float16).float()
-    return torch.where((norm > 0) & fitted.isfinite() & (fitted > 0), fitted, fallback)
 
 
 def _quantize_canonical(
@@ -200,7 +162,7 @@ def _quantize_canonical(
         tensors = {"weight_packed": packed, "weight_levels": levels, "weight_scale": scale}
     else:
         tensors, q, scale = quantize_with_feedback(rotated, hessian.factor.cpu(), codebook, amplitude)
-        fitted = _fit_scale(rotated, q.float(), metric, scale)
+        fitted = fit_scale(rotated, q.float(), metric, scale)
         tensors["weight_scale"] = torch.where(scale > 0, fitted, 0.0).to(torch.float16)
     approximation = dequantize_rotated(tensors, codebook, weight.shape[1])
     energy = _Energy()

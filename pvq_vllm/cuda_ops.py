@@ -331,6 +331,7 @@ def encode_rows_with_feedback(
     codes: torch.Tensor,
     q: torch.Tensor,
     factor: torch.Tensor,
+    metrics: torch.Tensor,
     error: torch.Tensor,
 ) -> None:
     """Fill `codes`, `q` and `error`; all arguments are checked and on one GPU."""
@@ -344,7 +345,35 @@ def encode_rows_with_feedback(
             codes.data_ptr(),
             q.data_ptr(),
             factor.data_ptr(),
+            metrics.data_ptr(),
             error.data_ptr(),
+            *_device_and_stream(weight),
+        )
+
+
+def descend_rows(
+    weight: torch.Tensor,
+    row_scale: torch.Tensor,
+    codebook: int,
+    codes: torch.Tensor,
+    q: torch.Tensor,
+    gradient: torch.Tensor,
+    hessian: torch.Tensor,
+    metrics: torch.Tensor,
+) -> None:
+    """Change `codes` and `q`, and overwrite `gradient`; all arguments are checked and on one GPU."""
+    check_device(weight.device.index)
+    with _named_errors():
+        _C.cuda.descend_rows(
+            codebook,
+            weight.data_ptr(),
+            row_scale.data_ptr(),
+            *weight.shape,
+            codes.data_ptr(),
+            q.data_ptr(),
+            gradient.data_ptr(),
+            hessian.data_ptr(),
+            metrics.data_ptr(),
             *_device_and_stream(weight),
         )
 

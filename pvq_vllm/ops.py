@@ -300,24 +300,27 @@ def quantize_rows(
 
 
 def feedback_block(
-    weight: torch.Tensor, factor: torch.Tensor, codebook: str, row_scale: torch.Tensor
+    weight: torch.Tensor, factor: torch.Tensor, metrics: torch.Tensor, codebook: str, row_scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Code a block of columns, group by group, each group's error fed back into the columns after it.
+    """Code a block of columns, group by group, each group in its own metric (csrc/metric_search.h) and with its error fed
+    back into the columns after it.
 
     Args:
         weight: float32 [rows, block], rotated and already corrected for the columns before the block; not modified.
         factor: float32 [block, block], U_BB of the upper Cholesky factor of the inverse Hessian.
+        metrics: float32 [block / 8, 2, 8, 8]: U_QQ of every group Q, and U_QQ^-1 U_QQ^-T.
         codebook, row_scale: as in quantize_rows.
     Returns:
         codes, q and error float32 [rows, block]; the caller subtracts ``error @ U[block, rest]`` from the rest.
     """
     rows, columns = _check_weight(weight, row_scale)
     require("factor", factor, torch.float32, (columns, columns), weight.device)
+    _check_metrics(metrics, weight)
     codes, q = _new_codes(weight, codebook)
     error = torch.empty_like(weight)
     if weight.is_cuda:
         identity = codebook_id(codebook)
-        cuda_ops.encode_rows_with_feedback(weight, row_scale, identity, codes, q, factor, error)
+        cuda_ops.encode_rows_with_feedback(weight, row_scale, identity, codes, q, factor, metrics, error)
         return codes, q, error
     _C.encode_rows_with_feedback(
         weight.data_ptr(),
@@ -328,9 +331,61 @@ def feedback_block(
         codes.data_ptr(),
         q.data_ptr(),
         factor.data_ptr(),
+        metrics.data_ptr(),
         error.data_ptr(),
     )
     return codes, q, error
+
+
+def descend_block(
+    weight: torch.Tensor,
+    codes: torch.Tensor,
+    q: torch.Tensor,
+    gradient: torch.Tensor,
+    hessian: torch.Tensor,
+    metrics: torch.Tensor,
+    codebook: str,
+    row_scale: torch.Tensor,
+) -> None:
+    """Choose the codes of a block of columns again, each group given the errors of all others (coordinate descent on
+    tr(dW H dW^T)).
+
+    Args:
+        weight: float32 [rows, block], rotated.
+        codes, q: of the block, as from feedback_block; changed in place.
+        gradient: float32 [rows, block], (W - What) H of the block's columns, over whole rows; may be overwritten.
+        hessian: float32 [block, block], H_BB.
+        metrics: float32 [block / 8, 2, 8, 8]: of every group Q the upper u with H_QQ = u^-1 u^-T, and H_QQ.
+        codebook, row_scale: as in quantize_rows.
+    """
+    rows, columns = _check_weight(weight, row_scale)
+    device = weight.device
+    require("codes", codes, torch.uint8, (rows, columns // GROUP_SIZE, code_bytes(codebook)), device)
+    require("q", q, torch.int8, (rows, columns), device)
+    require("gradient", gradient, torch.float32, (rows, columns), device)
+    require("hessian", hessian, torch.float32, (columns, columns), device)
+    _check_metrics(metrics, weight)
+    identity = codebook_id(codebook)
+    if weight.is_cuda:
+        cuda_ops.descend_rows(weight, row_scale, identity, codes, q, gradient, hessian, metrics)
+        return
+    _C.descend_rows(
+        weight.data_ptr(),
+        row_scale.data_ptr(),
+        rows,
+        columns,
+        identity,
+        codes.data_ptr(),
+        q.data_ptr(),
+        gradient.data_ptr(),
+        hessian.data_ptr(),
+        metrics.data_ptr(),
+    )
+
+
+def _check_metrics(metrics: torch.Tensor, weight: torch.Tensor) -> None:
+    shape = (weight.shape[1] // GROUP_SIZE, 2, GROUP_SIZE, GROUP_SIZE)
+    require("metrics", metrics, torch.float32, shape, weight.device)
 
 
 SCALE_TRIALS = (0.90, 0.94, 0.97, 1.03, 1.06, 1.10)

@@ -43,6 +43,17 @@ const EncodeKernels& kernels() {
   return *portable_encode_kernels();
 }
 
+// Calls body(begin, end, scratch), scratch for one column a vector of kEncodeLanes rows. How many moves a group needs differs,
+// hence more pieces than threads.
+template <typename Body>
+void for_rows(const EncodeArgs& args, Body&& body) {
+  parallel_for_chunks(args.rows, kEncodeLanes, [&](std::int64_t begin, std::int64_t end) {
+    std::vector<std::uint8_t> scratch(static_cast<std::size_t>(args.columns + 1) * 64);
+    const std::uintptr_t address = (reinterpret_cast<std::uintptr_t>(scratch.data()) + 63) & ~std::uintptr_t{63};
+    body(begin, end, reinterpret_cast<void*>(address));
+  });
+}
+
 }  // namespace
 
 void encode_rows(const EncodeArgs& args) {
@@ -51,13 +62,17 @@ void encode_rows(const EncodeArgs& args) {
                [&](std::int64_t begin, std::int64_t end, int) { kernels().encode(search, args, begin, end); });
 }
 
-void encode_rows_with_feedback(const EncodeArgs& args, const float* factor, float* error) {
+void encode_rows_with_feedback(const EncodeArgs& args, const float* factor, const float* metrics, float* error) {
   const Search search = search_for(args.codebook);
-  const float half = args.codebook == CodebookId::kInt8 ? 0.0f : 0.5f;
-  parallel_for(args.rows, kEncodeLanes, [&](std::int64_t begin, std::int64_t end, int) {
-    std::vector<std::uint8_t> scratch(static_cast<std::size_t>(args.columns + 1) * 64);
-    const std::uintptr_t address = (reinterpret_cast<std::uintptr_t>(scratch.data()) + 63) & ~std::uintptr_t{63};
-    kernels().feedback(search, args, factor, error, begin, end, half, reinterpret_cast<void*>(address));
+  for_rows(args, [&](std::int64_t begin, std::int64_t end, void* scratch) {
+    kernels().feedback(search, args, factor, metrics, error, begin, end, scratch);
+  });
+}
+
+void descend_rows(const EncodeArgs& args, const float* gradient, const float* hessian, const float* metrics) {
+  const Search search = search_for(args.codebook);
+  for_rows(args, [&](std::int64_t begin, std::int64_t end, void* scratch) {
+    kernels().descent(search, args, gradient, hessian, metrics, begin, end, scratch);
   });
 }
 

@@ -22,10 +22,16 @@ struct EncodeArgs {
 // optimum to the pyramid is exact. Ties: first pyramid, lowest gain, lowest coordinate.
 void encode_rows(const EncodeArgs& args);
 
-// The same group by group with error feedback (GPTQ / LDLQ; LLVQ, Algorithm 1): `factor` [columns, columns] is the diagonal block
-// U_BB of the upper Cholesky factor of the inverse Hessian. After a group Q is coded, E = (w - what) U_QQ^-1 goes to `error`
-// [rows, columns] and E U_QR is taken off the columns R of the block still to come.
-void encode_rows_with_feedback(const EncodeArgs& args, const float* factor, float* error);
+// Error feedback (GPTQ / LDLQ; LLVQ, Algorithm 1): `factor` [columns, columns] is the diagonal block U_BB of the upper Cholesky
+// factor of the inverse Hessian. Every group Q gets the codeword that the search of metric_search.h finds in its own metric
+// M = U_QQ^-1 U_QQ^-T (int8: its weights are rounded one after the other). Then E = (w - what) U_QQ^-1 goes to `error`
+// [rows, columns] and E U_QR is taken off the columns R of the block still to come. metrics: [columns / 8][kMetricFloats].
+void encode_rows_with_feedback(const EncodeArgs& args, const float* factor, const float* metrics, float* error);
+
+// One pass of coordinate descent on tr(dW H dW^T): each group of the block in turn is searched again given the errors of all
+// others, and changed where that lowers the sum. codes and q: in and out. gradient [rows, columns]: (W - What) H of the block's
+// columns, W and What being whole rows; hessian [columns, columns]: H_BB; metrics: of its diagonal blocks H_QQ.
+void descend_rows(const EncodeArgs& args, const float* gradient, const float* hessian, const float* metrics);
 
 // Sum of squared errors of encode_rows over every `stride`-th group of each row, out [rows].
 void encoding_error(CodebookId codebook, const float* weight, const float* row_scale, std::int64_t rows, std::int64_t columns,

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// What encode.cpp hands to the loops of encode_loops.h, one table per instruction set.
+// What encode.cpp hands to the loops of encode_loops.h and feedback_loops.h, one table per instruction set.
 #pragma once
 
 #include <limits>
 
+#include "../metric_search.h"
 #include "encode.h"
 
 namespace pvq::cpu {
@@ -27,8 +28,10 @@ constexpr int kEncodeLanes = 16;
 struct EncodeKernels {
   void (*encode)(const Search&, const EncodeArgs&, std::int64_t begin, std::int64_t end);
   // columns: scratch of args.columns * 64 bytes, aligned to 64
-  void (*feedback)(const Search&, const EncodeArgs&, const float* factor, float* error, std::int64_t begin, std::int64_t end,
-                   float half, void* columns);
+  void (*feedback)(const Search&, const EncodeArgs&, const float* factor, const float* metrics, float* error, std::int64_t begin,
+                   std::int64_t end, void* columns);
+  void (*descent)(const Search&, const EncodeArgs&, const float* gradient, const float* hessian, const float* metrics,
+                  std::int64_t begin, std::int64_t end, void* columns);
   void (*error)(const Search&, const float* weight, const float* row_scale, std::int64_t columns, std::int64_t stride,
                 std::int64_t begin, std::int64_t end, float* error);
 };

@@ -104,11 +104,18 @@ inline void nearest(const Search& s, const Floats* a, Codewords* best) {
     }
 }
 
+inline void write_bytes(const Search& s, int pyramid, int gain, const int* m, int signs, int refinement, std::uint8_t* code) {
+  const int index = shape_index(*s.book, pyramid, m) | gain << s.book->shape_bits;
+  *code++ = static_cast<std::uint8_t>(index);
+  if (s.book->shape_bits > 8) *code++ = static_cast<std::uint8_t>(index >> 8);
+  *code++ = static_cast<std::uint8_t>(signs);
+  if (s.refinement_bits == 1) *code = static_cast<std::uint8_t>(refinement);
+}
+
 inline void write_code(const Search& s, const Codewords& words, int lane, int signs, std::uint8_t* code, std::int8_t* q) {
-  const ServingCodebook& book = *s.book;
   int m[kGroupSize], refinement = 0;
   const int pyramid = words.choice[lane] / kMaxGains, gain_index = words.choice[lane] % kMaxGains;
-  const Rung gain = book.gains[pyramid][gain_index];
+  const Rung gain = s.book->gains[pyramid][gain_index];
   for (int i = 0; i < kGroupSize; ++i) {
     const int j = words.j[i][lane];
     m[i] = j >> s.refinement_bits;
@@ -116,11 +123,7 @@ inline void write_code(const Search& s, const Codewords& words, int lane, int si
     const int b = gain.base + gain.step * j;
     q[i] = static_cast<std::int8_t>((signs >> i & 1) != 0 ? ~b : b);
   }
-  const int index = shape_index(book, pyramid, m) | gain_index << book.shape_bits;
-  *code++ = static_cast<std::uint8_t>(index);
-  if (book.shape_bits > 8) *code++ = static_cast<std::uint8_t>(index >> 8);
-  *code++ = static_cast<std::uint8_t>(signs);
-  if (s.refinement_bits == 1) *code = static_cast<std::uint8_t>(refinement);
+  write_bytes(s, pyramid, gain_index, m, signs, refinement, code);
 }
 
 // Codes group g of `rows` rows whose weights are w[i], lane by lane; `inverse` is 1 / row_scale, or 0.
@@ -187,36 +190,6 @@ void encode_range(const Search& s, const EncodeArgs& p, std::int64_t begin, std:
   }
 }
 
-void feedback_range(const Search& s, const EncodeArgs& p, const float* factor, float* error, std::int64_t begin, std::int64_t end,
-                    float half, void* columns) {
-  Floats* w = static_cast<Floats*>(columns);
-  const std::int64_t n = p.columns;
-  for (std::int64_t row = begin; row < end; row += kEncodeLanes) {
-    const int rows = lanes_from(row, end);
-    const Floats scale = gather_scales(p.row_scale, row, rows);
-    const Floats inverse = scale > 0.0f ? 1.0f / scale : Floats{};
-    gather_columns(p.weight, n, row, rows, 0, n, w);
-    for (std::int64_t g = 0; g < n / kGroupSize; ++g) {
-      const std::int64_t first = g * kGroupSize;
-      encode_group(s, p, w + first, inverse, row, rows, g);
-      Floats e[kGroupSize];
-      for (int j = 0; j < kGroupSize; ++j) {  // E U_QQ = w - what, U_QQ upper: forward substitution
-        Floats q{};
-        for (int lane = 0; lane < rows; ++lane) q[lane] = static_cast<float>(p.q[(row + lane) * n + first + j]) + half;
-        Floats value = w[first + j] - q * scale;
-        for (int i = 0; i < j; ++i) value -= e[i] * factor[(first + i) * n + first + j];
-        e[j] = value / factor[(first + j) * n + first + j];
-        for (int lane = 0; lane < rows; ++lane) error[(row + lane) * n + first + j] = e[j][lane];
-      }
-      for (std::int64_t c = first + kGroupSize; c < n; ++c) {
-        Floats sum = w[c];
-        for (int i = 0; i < kGroupSize; ++i) sum -= e[i] * factor[(first + i) * n + c];
-        w[c] = sum;
-      }
-    }
-  }
-}
-
 void error_range(const Search& s, const float* weight, const float* row_scale, std::int64_t columns, std::int64_t stride,
                  std::int64_t begin, std::int64_t end, float* error) {
   for (std::int64_t row = begin; row < end; row += kEncodeLanes) {
@@ -239,5 +212,3 @@ void error_range(const Search& s, const float* weight, const float* row_scale, s
     for (int lane = 0; lane < rows; ++lane) error[row + lane] = sum[lane];
   }
 }
-
-constexpr EncodeKernels kEncodeTable = {encode_range, feedback_range, error_range};

@@ -5,6 +5,9 @@ namespace pvq::cpu {
 namespace {
 
 #include "encode_loops.h"
+#include "feedback_loops.h"
+
+constexpr EncodeKernels kEncodeTable = {encode_range, feedback_range, descent_range, error_range};
 
 }  // namespace
 

@@ -87,18 +87,44 @@ def test_nearest_codewords_are_the_cpus(name, case):
     assert [differences(a, b) for a, b in zip(got, expected, strict=True)] == [0, 0]
 
 
+def metric_arguments(columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(U, H, metrics of U's groups) of a random positive definite H."""
+    generator = torch.Generator().manual_seed(0)
+    factor = torch.triu(torch.randn(columns, columns, generator=generator) * 0.2, 1)
+    factor += torch.diag(torch.rand(columns, generator=generator) + 0.5)
+    blocks = torch.stack([factor[i : i + 8, i : i + 8] for i in range(0, columns, 8)])
+    inverse = torch.linalg.inv(blocks.double())
+    metrics = torch.stack([blocks, (inverse @ inverse.mT).float()], dim=1).contiguous()
+    return factor, factor @ factor.T, metrics
+
+
 @pytest.mark.parametrize(("name", "case"), CASES)
 def test_feedback_is_the_cpus(name, case):
     weight, scale = cases(name)[case]
-    generator = torch.Generator().manual_seed(0)
-    columns = weight.shape[1]
-    factor = torch.triu(torch.randn(columns, columns, generator=generator) * 0.2, 1)
-    factor += torch.diag(torch.rand(columns, generator=generator) + 0.5)
-    expected = ops.feedback_block(weight, factor, name, scale)
+    factor, _, metrics = metric_arguments(weight.shape[1])
+    expected = ops.feedback_block(weight, factor, metrics, name, scale)
     on_gpu = weight.cuda()
-    got = ops.feedback_block(on_gpu, factor.cuda(), name, scale.cuda())
+    got = ops.feedback_block(on_gpu, factor.cuda(), metrics.cuda(), name, scale.cuda())
     assert [differences(a, b) for a, b in zip(got, expected, strict=True)] == [0, 0, 0]
     assert differences(on_gpu, weight) == 0  # not modified
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_descent_is_the_cpus(name, case):
+    weight, scale = cases(name)[case]
+    _, hessian, metrics = metric_arguments(weight.shape[1])
+    codes, q = ops.quantize_rows(weight, name, scale)
+    gradient = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)) * scale[:, None]
+    on_gpu = [tensor.cuda() for tensor in (codes, q)]
+    others = (hessian, metrics)
+    ops.descend_block(
+        weight.cuda(), *on_gpu, gradient.cuda(), *(t.cuda() for t in others), name, scale.cuda()
+    )
+    before = q.clone()
+    ops.descend_block(weight, codes, q, gradient, *others, name, scale)
+    assert [differences(a, b) for a, b in zip(on_gpu, (codes, q), strict=True)] == [0, 0]
+    if case == "gaussian":
+        assert not torch.equal(q, before)
 
 
 @pytest.mark.parametrize(("name", "case"), [(name, case) for name, case in CASES if name != "int8"])
@@ -133,3 +159,22 @@ def test_a_million_groups(name):
     expected = ops.quantize_rows(weight, name, scale)
     got = ops.quantize_rows(weight.cuda(), name, scale.cuda())
     assert [differences(a, b) for a, b in zip(got, expected, strict=True)] == [0, 0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_feedback_and_descent_on_a_hundred_thousand_groups(name):
+    rows, columns = 6400, 128
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(8))
+    rms = 40.0 if name == "int8" else SERVING[name].target_rms
+    scale = torch.full((rows,), 1 / rms)
+    factor, hessian, metrics = metric_arguments(columns)
+    expected = ops.feedback_block(weight, factor, metrics, name, scale)
+    arguments = [tensor.cuda() for tensor in (weight, factor, metrics)]
+    got = ops.feedback_block(*arguments, name, scale.cuda())
+    assert [differences(a, b) for a, b in zip(got, expected, strict=True)] == [0, 0, 0]
+    half = 0.0 if name == "int8" else 0.5
+    gradient = (weight - (expected[1] + half) * scale[:, None]) @ hessian
+    rest = [tensor.cuda() for tensor in (gradient, hessian, metrics)]
+    ops.descend_block(arguments[0], *got[:2], *rest, name, scale.cuda())
+    ops.descend_block(weight, *expected[:2], gradient, hessian, metrics, name, scale)
+    assert [differences(a, b) for a, b in zip(got[:2], expected[:2], strict=True)] == [0, 0]

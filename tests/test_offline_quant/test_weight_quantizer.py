@@ -4,8 +4,9 @@
 import pytest
 import torch
 
+from offline_quant.error_feedback import descend, feedback, fit_scale
 from offline_quant.hessian import HessianSum, RotatedHessian, inverse_factor, rotate_hessian
-from offline_quant.weight_quantizer import dequantize_weight, feedback, quantize_weight
+from offline_quant.weight_quantizer import dequantize_weight, quantize_weight
 from pvq_vllm import ops
 from pvq_vllm.codec.errors import PVQError
 from pvq_vllm.codec.format import Codebook, expected_tensors
@@ -66,6 +67,36 @@ def test_rotated_hessian_is_the_hessian_of_rotated_inputs():
     assert (original.mean() - expected).abs().max() > 1  # a rotation that does nothing cannot pass
 
 
+def prepared(width: int, tokens: int = 400) -> RotatedHessian:
+    inputs = correlated_inputs(tokens, width)
+    return RotatedHessian.of(inputs.T @ inputs / tokens, None)
+
+
+def damped_of(hessian: RotatedHessian) -> torch.Tensor:
+    return hessian.hessian.double() + hessian.damping * torch.eye(len(hessian.hessian), dtype=torch.float64)
+
+
+def test_prepared_hessian_holds_the_metrics_of_its_groups():
+    hessian = prepared(40)
+    damped = damped_of(hessian)
+    assert hessian.damping == pytest.approx(0.01 * hessian.hessian.diagonal().mean().item())
+    torch.testing.assert_close(hessian.factor, inverse_factor(hessian.hessian))
+    for g in range(5):
+        block, rest = slice(8 * g, 8 * g + 8), slice(8 * g + 8, 40)
+        # with the columns before fixed and those after free to answer: the Schur complement
+        free = damped[block, block].clone()
+        if g < 4:
+            free -= damped[block, rest] @ torch.linalg.inv(damped[rest, rest]) @ damped[rest, block]
+        for metrics, m in (
+            (hessian.feedback_metrics[g], free),
+            (hessian.descent_metrics[g], damped[block, block]),
+        ):
+            torch.testing.assert_close(metrics[1].double(), m, rtol=1e-3, atol=1e-3 * m.abs().max().item())
+            inverse = torch.linalg.inv(metrics[0].double())
+            torch.testing.assert_close(inverse @ inverse.T, m, rtol=1e-3, atol=1e-3 * m.abs().max().item())
+            assert torch.equal(metrics[0], metrics[0].triu())
+
+
 @pytest.mark.parametrize("name", ["pvq2", "pvq4", "int8"])
 def test_feedback_follows_its_definition_group_by_group(name):
     """W_hat_Q = quantize(W_Q), then W_R -= (W_Q - W_hat_Q) U_QQ^-1 U_QR, written out in float64; 200 columns
@@ -73,42 +104,86 @@ def test_feedback_follows_its_definition_group_by_group(name):
     """
     rows, width = 6, 200
     weight = torch.randn(rows, width, generator=torch.Generator().manual_seed(1))
-    inputs = correlated_inputs(400, width)
-    factor = inverse_factor(inputs.T @ inputs)
+    hessian = prepared(width)
     scale = torch.full((rows,), 0.03)
-    codes, q = feedback(weight, factor, name, scale)
+    codes, q = feedback(weight, hessian, name, scale)
     assert torch.equal(ops.decode_codes(codes, name), q)
 
-    work, u = weight.double(), factor.double()
+    work, u = weight.double(), hessian.factor.double()
     half = 0.0 if name == "int8" else 0.5
     agreeing = 0
     for start in range(0, width, 8):
         group, rest = slice(start, start + 8), slice(start + 8, width)
-        _, expected = ops.quantize_rows(work[:, group].float().contiguous(), name, scale)
+        own, metrics = (
+            u[group, group].float().contiguous(),
+            hessian.feedback_metrics[start // 8 : start // 8 + 1],
+        )
+        _, expected, _ = ops.feedback_block(work[:, group].float().contiguous(), own, metrics, name, scale)
         agreeing += (expected == q[:, group]).all(dim=1).sum().item()
         # go on from the module's own choice, so that a tie decided otherwise does not spoil what follows
         error = work[:, group] - (q[:, group].double() + half) * 0.03
         work[:, rest] -= (
             torch.linalg.solve_triangular(u[group, group], error, upper=True, left=False) @ u[group, rest]
         )
-    assert agreeing >= rows * width // 8 * 0.99
+    assert agreeing >= rows * width // 8 * 0.97
 
 
 def test_feedback_on_two_groups_equals_the_closed_form():
-    """With two groups the second must be the nearest codeword to w_2 + e_1 H_12 H_22^-1, the conditional
-    optimum.
+    """With two groups the second must be near w_2 + e_1 H_12 H_22^-1, the conditional optimum, in the metric
+    H_22: no single other group of the sample's codewords may fit better by more than rounding.
     """
-    width = 16
-    inputs = correlated_inputs(400, width)
-    hessian = (inputs.T @ inputs).double()
-    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(width, dtype=torch.float64)
-    weight = torch.randn(50, width, generator=torch.Generator().manual_seed(2))
+    hessian = prepared(16)
+    damped = damped_of(hessian)
+    weight = torch.randn(50, 16, generator=torch.Generator().manual_seed(2))
     scale = torch.full((50,), 0.03)
-    _, q = feedback(weight, inverse_factor(hessian.float()), "pvq4", scale)
+    _, q = feedback(weight, hessian, "pvq4", scale)
     error = weight[:, :8].double() - (q[:, :8].double() + 0.5) * 0.03
     target = weight[:, 8:].double() + error @ damped[:8, 8:] @ torch.linalg.inv(damped[8:, 8:])
-    _, expected = ops.quantize_rows(target.float().contiguous(), "pvq4", scale)
-    assert (expected == q[:, 8:]).all(dim=1).float().mean() >= 0.98
+
+    def cost(q: torch.Tensor) -> torch.Tensor:
+        off = target - (q.double() + 0.5) * 0.03
+        return (off @ damped[8:, 8:] * off).sum(dim=1)
+
+    _, nearest = ops.quantize_rows(target.float().contiguous(), "pvq4", scale)
+    assert (cost(q[:, 8:]) <= cost(nearest) * (1 + 1e-4)).float().mean() >= 0.96
+    assert cost(q[:, 8:]).sum() < 0.9 * cost(nearest).sum()
+
+
+@pytest.mark.parametrize("name", ["pvq2", "pvq3", "pvq4", "int8"])
+def test_descent_lowers_the_loss_of_every_row(name):
+    hessian = prepared(200)
+    damped = damped_of(hessian)
+    weight = torch.randn(20, 200, generator=torch.Generator().manual_seed(3))
+    scale = torch.full((20,), 0.03)
+    codes, q = feedback(weight, hessian, name, scale)
+    half = 0.0 if name == "int8" else 0.5
+
+    def loss() -> torch.Tensor:
+        error = weight.double() - (q.double() + half) * 0.03
+        return (error @ damped * error).sum(dim=1)
+
+    losses = [loss()]
+    for _ in range(3):
+        descend(weight, codes, q, hessian, name, int(2 * half), scale)
+        losses.append(loss())
+        assert (losses[-1] <= losses[-2] * (1 + 1e-4)).all()
+    assert losses[1].sum() < 0.99 * losses[0].sum()
+    assert torch.equal(ops.decode_codes(codes, name), q)
+
+
+def test_the_fitted_scale_is_the_best_of_all():
+    hessian = prepared(32)
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(5, 32, generator=generator)
+    levels = (weight / 0.03 + torch.randn(5, 32, generator=generator)).round()
+    best = fit_scale(weight, levels, hessian.hessian, torch.ones(5))
+
+    def loss(scale: torch.Tensor) -> torch.Tensor:
+        error = (weight - scale[:, None] * levels).double()
+        return (error @ hessian.hessian.double() * error).sum(dim=1)
+
+    assert (loss(best) < loss(best * 1.002)).all() and (loss(best) < loss(best * 0.998)).all()
+    assert torch.equal(fit_scale(weight, torch.zeros(5, 32), None, torch.ones(5)), torch.ones(5))
 
 
 @pytest.mark.parametrize("codebook", CODEBOOKS, ids=str)
