@@ -15,7 +15,6 @@ import fnmatch
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 import traceback
@@ -28,24 +27,10 @@ from offline_quant.evaluate import evaluation_text
 from pvq_vllm.codec.errors import PVQError
 
 from .peers.environments import MissingEnvironment
+from .project import ROOT, commit
 from .protocol import Protocol
 from .report import write_report
 from .rows import ROWS, Row
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def commit() -> str:
-    """Return the commit of the working tree, with a + when Python or C++ files differ from it."""
-    git = ["git", "-C", str(ROOT)]
-    head = subprocess.run(
-        [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
-    paths = ("offline_quant", "pvq_vllm", "csrc")
-    dirty = subprocess.run(
-        [*git, "status", "--porcelain", "--", *paths], capture_output=True, text=True
-    ).stdout
-    return head + "+" * bool(dirty.strip())
 
 
 def run_row(row: Row, protocol: Protocol, peers: Path, keep: bool) -> dict:

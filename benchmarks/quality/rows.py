@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rows of the comparison: what each is called and how its dense model is made."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ from pvq_vllm.codec.pyramid import index_bits
 from .bits import group_width, mean_bits
 from .dense import checkpoint_to_dense, linear_names, write_dense
 from .peers.environments import run_job
+from .project import quantized, with_activation
 from .protocol import Protocol
 from .rounding import rounded_weights
 
@@ -82,40 +81,26 @@ def _peer(
     return make
 
 
-def _project(
-    *arguments: str, calibrate: bool = True, activations: bool = False
-) -> Callable[[Protocol, Path, Path], Made]:
-    """`pvq quantize` with ``arguments``; weight-only unless the checkpoint itself is to be evaluated."""
+def _project(*arguments: str, calibrate: bool = True) -> Callable[[Protocol, Path, Path], Made]:
+    """`pvq quantize` with ``arguments``; weight-only."""
 
     def make(protocol: Protocol, _peers: Path, work: Path) -> Made:
-        command = [
-            str(Path(sys.executable).with_name("pvq")),
-            "quantize",
-            str(protocol.model),
-            str(work / "pvq"),
-        ]
-        command += ["--lm-head", "16", "--threads", str(torch.get_num_threads()), *arguments]
-        if calibrate:
-            command += ["--calibration", str(protocol.calibration_text)]
-            command += ["--calibration-sequences", str(protocol.calibration_sequences)]
-            command += ["--calibration-length", str(protocol.length)]
-        result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-        if result.returncode:
-            raise RuntimeError(f"{' '.join(command)}: {result.stderr.strip().splitlines()[-1]}")
-        report = _read_report(work / "pvq")
-        details = {"arguments": " ".join(arguments)}
-        if activations:
-            return Made(work / "pvq", report["bits_per_weight"], details)
-        checkpoint_to_dense(work / "pvq", work / "dense")
-        return Made(work / "dense", report["bits_per_weight"], details)
+        checkpoint, report = quantized(protocol, arguments, calibrate)
+        checkpoint_to_dense(checkpoint, work / "dense")
+        return Made(work / "dense", report["bits_per_weight"], {"arguments": " ".join(arguments)})
 
     return make
 
 
-def _read_report(checkpoint: Path) -> dict:
-    import json
+def _activations(activation: str, *arguments: str) -> Callable[[Protocol, Path, Path], Made]:
+    """The checkpoint itself, run by the project's own kernels with quantized activations."""
 
-    return json.loads((checkpoint / "report.json").read_text())
+    def make(protocol: Protocol, _peers: Path, work: Path) -> Made:
+        checkpoint, report = quantized(protocol, arguments)
+        with_activation(checkpoint, work / "pvq", activation)
+        return Made(work / "pvq", report["bits_per_weight"], {"arguments": " ".join(arguments)})
+
+    return make
 
 
 def _canonical(group: int, bits: int, amplitude_bits: int) -> Callable[[Protocol, Path, Path], Made]:
@@ -138,7 +123,7 @@ def _canonical(group: int, bits: int, amplitude_bits: int) -> Callable[[Protocol
                     "--num-pulses",
                     str(pulses),
                 ]
-                arguments += ["--amplitude-bits", str(amplitude_bits)]
+                arguments += ["--amplitude-bits", str(amplitude_bits), "--amplitude", "beta"]
             else:
                 kinds = {
                     name.rpartition(".")[2]
@@ -208,9 +193,11 @@ def _rows() -> list[Row]:
     for bits in ("2", "2.5", "3", "3.25", "3.5", "4", "5"):
         arguments = ("--bits", bits) if bits in "234" else ("--target-bpw", bits)
         rows.append(Row(f"pvq-{bits}", "PVQ (this project)", f"PVQ {bits} bits", _project(*arguments)))
-    for bits in (4, 3):
-        make = _project("--bits", str(bits), activations=True)
-        rows.append(Row(f"pvq-{bits}-a8", "PVQ, int8 activations", f"PVQ {bits} bits, a8 activations", make))
+    for bits in ("4", "3"):
+        for activation in ("a16", "a8", "pvq:16,58", "pvq:16,27"):
+            key = f"pvq-{bits}-{activation.replace(':', '').replace(',', '-')}"
+            label = f"PVQ {bits} bits, {activation} activations"
+            rows.append(Row(key, "PVQ, activations too", label, _activations(activation, "--bits", bits)))
     return rows
 
 
