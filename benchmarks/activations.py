@@ -146,9 +146,9 @@ def main() -> None:
         kind = ["", "", ""]
         if name != EXACT:
             kind = [f"{bits_of(name):.2f}", f"{decibels(name):.1f}", f"{microseconds(name):.1f}"]
-        added = (
-            "" if name == EXACT else f"{more:+.4f} ± {(more_interval[1] - more) if more_interval else 0:.4f}"
-        )
+        added = "" if name == EXACT else f"{more:+.4f}"
+        if added and more_interval:
+            added += f" ± {more_interval[1] - more:.4f}"
         cells = [f"`{name}`" if kind[0] else name, *kind, f"{mean:.4f}", added, f"{perplexity:.3f}"]
         lines.append(f"| {' | '.join(cells)} |")
     base = math.exp(mean_and_interval([sample["loss_reference"] for sample in samples[EXACT]])[0])
