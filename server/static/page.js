@@ -21,6 +21,7 @@ const METRICS = {
   cache: ["vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"],
   hits: ["vllm:prefix_cache_hits_total"],
   queries: ["vllm:prefix_cache_queries_total"],
+  left: ["pvq_server_disconnected_total"],
   rejected: ["pvq_server_rejected_total"],
   rejectedByEngine: ["vllm:admission_rejections_total"],
   cacheFacts: ["vllm:cache_config_info"],
@@ -190,10 +191,11 @@ function take(metrics, time) {
   show("waiting", count(sum(values(METRICS.waiting))));
   const ended = values(METRICS.ended);
   const because = (reason) => ended && sum(ended.filter(({ labels }) => labels.finished_reason === reason));
-  show("aborted", count(because("abort")));
+  show("left", count(sum(values(METRICS.left)))); // vLLM does not count all of these as aborted
   show("errors", count(because("error")));
   show("finished", count(ended && sum(ended) - because("abort") - because("error")));
-  const [rejected, byEngine] = [values(METRICS.rejected), values(METRICS.rejectedByEngine)];
+  const rejected = values(METRICS.rejected)?.filter(({ labels }) => labels.reason !== "no_valid_key");
+  const byEngine = values(METRICS.rejectedByEngine);
   show("refused", count(rejected || byEngine ? sum(rejected ?? []) + sum(byEngine ?? []) : null));
   const [hits, queries] = [sum(values(METRICS.hits)), sum(values(METRICS.queries))];
   show("cached", hits != null && queries ? `${((100 * hits) / queries).toFixed(0)}%` : DASH);
@@ -339,8 +341,8 @@ async function poll() {
     else blank();
     showReadiness(state);
     if (state.ready && !locked && performance.now() - toldAt > INFO_MS) {
-      const [info, models] = await Promise.all(["pvq/info", "v1/models"].map((path) => get(path).then(json)));
-      showModel(info, models);
+      const info = await get("pvq/info").then(json);
+      showModel(info, await get("v1/models").then(json));
       $("key-form").hidden = true;
       if (info) toldAt = performance.now();
     }

@@ -93,6 +93,8 @@ def test_figures_come_from_the_metrics(page, backend):
     shows(page, "#state", "Ready")
     shows(page, "#name", "smollm2")
     shows(page, "#finished", "3")
+    shows(page, "#left", "1")
+    shows(page, "#refused", "0")  # one had no valid key, which says nothing of the load
     shows(page, "#ttft small", "since start")
     shows(page, "#generated", "0")  # a second sample, and nothing happened
     backend.set_metric("vllm:num_requests_running", 7)
