@@ -227,6 +227,9 @@ def eval_(
     ] = None,
     sequences: Annotated[int, typer.Option(help="Sequences, from the beginning of the text.")] = 10,
     length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 1024,
+    update_card: Annotated[
+        bool, typer.Option("--update-card", help="Write the result into the model card, MODEL/README.md.")
+    ] = False,
     dtype: Annotated[
         str, typer.Option(help="auto, bfloat16 or float32: arithmetic of what is not quantized.")
     ] = "auto",
@@ -238,12 +241,16 @@ def eval_(
     import torch
 
     from .evaluate import evaluate, evaluation_text
+    from .model_card import add_evaluation
 
+    text, card = text or evaluation_text(), model / "README.md"
     dtypes = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
     if dtype not in dtypes:
         raise PVQError(f"--dtype is '{dtype}', but must be one of {', '.join(dtypes)}")
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise PVQError(f"--json {json_file}: its folder does not exist, create it first")
+    if update_card and not card.is_file():
+        raise PVQError(f"--update-card: there is no {card}: give a checkpoint that `pvq quantize` made")
     torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
     console = Console(stderr=True)
     columns = (
@@ -258,7 +265,7 @@ def eval_(
         result = evaluate(
             model,
             reference,
-            text or evaluation_text(),
+            text,
             sequences,
             length,
             dtypes[dtype],
@@ -271,6 +278,8 @@ def eval_(
             key, f"{result[key]:.4f}", "" if interval is None else f"{interval[0]:.4f} ... {interval[1]:.4f}"
         )
     Console().print(table)
+    if update_card:
+        card.write_text(add_evaluation(card.read_text(encoding="utf-8"), result, text.name), encoding="utf-8")
     if json_file is not None:
         try:
             json_file.write_text(json.dumps(result, indent=2) + "\n")

@@ -4,6 +4,8 @@
 import re
 from pathlib import Path
 
+from pvq_vllm.codec.errors import PVQError
+
 
 def model_card(base: Path, report: dict) -> str:
     """Return the model card for a checkpoint made from the folder ``base``; ``report`` as
@@ -49,7 +51,13 @@ def model_card(base: Path, report: dict) -> str:
         "",
         *table,
         "",
-        "Error of every layer: `report.json`, or `pvq inspect .`",
+        "Error of every layer: `report.html`, `report.json`, or `pvq inspect .`. Made by",
+        "",
+        "```console",
+        report["command"],
+        "```",
+        "",
+        "Serve it:",
         "",
         "```console",
         "pip install pvq-vllm[vllm]",
@@ -59,6 +67,31 @@ def model_card(base: Path, report: dict) -> str:
         "With transformers: `import pvq_vllm.hf_quantizer`, then `AutoModelForCausalLM.from_pretrained`.",
     ]
     return "\n".join([*front, *text]) + "\n"
+
+
+def add_evaluation(card: str, result: dict, text: str) -> str:
+    """Return the model card with the numbers of an evaluation in its table, in the place of older ones.
+
+    Args:
+        card: as ``model_card`` made it, perhaps edited since.
+        result: as ``evaluate`` returns it; text: name of the text.
+    Raises:
+        PVQError: the card has no table of facts any more.
+    """
+    on = f"{result['sequences']} x {result['length']} tokens of {text}"
+    rows = {
+        "Perplexity": f"{result['perplexity']:.3f} (base {result['perplexity_reference']:.3f}), {on}",
+        "KL divergence to the base": f"{result['kl_divergence']:.4f} nats a token, {on}",
+        "Top-1 agreement with the base": f"{result['top1_agreement']:.4f}, {on}",
+    }
+    lines = [line for line in card.split("\n") if not line.startswith(tuple(f"| {name} |" for name in rows))]
+    places = [index for index, line in enumerate(lines) if line.startswith("| Calibration |")]
+    if not places:
+        raise PVQError(
+            "README.md has no row '| Calibration |' to put the evaluation behind: restore the card"
+        )
+    new = [f"| {name} | {value} |" for name, value in rows.items()]
+    return "\n".join([*lines[: places[0] + 1], *new, *lines[places[0] + 1 :]])
 
 
 def _license_lines(base: Path) -> list[str]:

@@ -23,7 +23,8 @@ from .model_source import ModelSource
 from .part_worker import PartWorker, plan_parts
 from .plan import Settings, plan_checkpoint
 from .rate_plan import choose_rates, module_bits, rate_candidates, with_codebooks
-from .report import make_report, timings
+from .report import layer_reports, make_report, timings
+from .report_page import report_page
 from .residual_rotation import rotated_source
 from .self_calibration import check_memory, sample_tokens
 from .sensitivity import measure_losses
@@ -105,6 +106,7 @@ def quantize_checkpoint(
                 "README.md": model_card(source.folder, report).encode(),
                 "report.json": _json(report),
                 "timings.json": _json(timings(reports)),
+                "report.html": report_page(report, timings(reports), layer_reports(parts, reports)).encode(),
                 "config.json": _json(_model_config(source, config)),
             },
             copied,

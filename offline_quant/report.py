@@ -8,7 +8,9 @@ from collections import Counter
 from pvq_vllm.codec.format import CheckpointConfig
 
 from .checkpoint_writer import tensor_bytes
+from .command_line import command_line
 from .model_source import ModelSource
+from .part_worker import Part
 from .plan import Settings
 
 
@@ -42,6 +44,7 @@ def make_report(
     stored = sum(tensor_bytes(*tensor) for shard in shards for tensor in shard.values())
     return {
         "base_model": source.folder.resolve().name,
+        "command": command_line(source.folder.resolve().name, settings),
         "codebook": ", ".join(f"{book} ({count})" for book, count in books.items())
         if len(books) > 1
         else str(config.codebook),
@@ -67,3 +70,16 @@ def timings(reports: list[dict]) -> dict:
         name: round(entry["seconds"], 3) for report in reports for name, entry in report["modules"].items()
     }
     return {"seconds": round(sum(report["seconds"] for report in reports), 3), "modules": modules}
+
+
+def layer_reports(parts: list[Part], reports: list[dict]) -> list[dict]:
+    """Return for every decoder layer in order what the page shows of it, see ``report_page``."""
+    pairs = [(part, report) for part, report in zip(parts, reports, strict=True) if part.layer is not None]
+    return [
+        {
+            "modules": part.modules,
+            "group_power": report["group_power"],
+            "seconds": report["seconds"],
+        }
+        for part, report in sorted(pairs, key=lambda pair: pair[0].layer)
+    ]

@@ -19,7 +19,7 @@ from pvq_vllm.codec.format import check_checkpoint
 
 quantize = quantize_checkpoint.quantize_checkpoint
 PLAIN = Settings()
-TIMED = {"timings.json"}
+TIMED = {"timings.json", "report.html"}
 CALIBRATED = Settings(calibration="builtin", calibration_sequences=2, calibration_length=48)
 
 
