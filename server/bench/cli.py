@@ -193,7 +193,7 @@ def _measure(plan: "Plan", targets: "list[Target]", find_rate: bool, out: Path) 
 
     from server.bench import compare, results
     from server.bench import plan as planning
-    from server.bench.metrics import worst_warnings
+    from server.bench.metrics import errors, worst_warnings
     from server.bench.page import render
     from server.bench.search import search
 
@@ -229,9 +229,8 @@ def _measure(plan: "Plan", targets: "list[Target]", find_rate: bool, out: Path) 
     print(f"{out / 'load.json'} and {out / 'report.html'} written")
     for point, text, count in worst_warnings(points):
         print(f"pvq: {results.place(point, plan.axis)}: {text}{results.others(count)}", file=sys.stderr)
-    for point in points:
-        for reason, count in point.errors.items():
-            print(f"pvq: {results.place(point, plan.axis)}: {count} failed: {reason}", file=sys.stderr)
+    for label, reason, count in errors(points):
+        print(f"pvq: {label}: {count} failed: {reason}", file=sys.stderr)
     if content["completed"] == 0:
         print("pvq: every request failed", file=sys.stderr)
         return 1

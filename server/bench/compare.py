@@ -45,7 +45,7 @@ def compare_rounds(
 ) -> dict[str, Ratio | None]:
     """Return the ratio b / a of every one of METRICS."""
     return {
-        metric.title: ratio(values(a, metric), values(b, metric), metric.statistic, paired)
+        metric.title: ratio(values(a, metric), values(b, metric), metric.statistic, metric.enough, paired)
         for metric in METRICS
     }
 

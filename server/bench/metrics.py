@@ -228,3 +228,11 @@ def worst_warnings(points: Sequence[LoadPoint]) -> list[tuple[LoadPoint, str, in
             worst = max(having, key=lambda point: point.client[measure])
             found.append((worst, worst.warnings[kind], len(having)))
     return found
+
+
+def errors(points: Sequence[LoadPoint]) -> list[tuple[str, str, int]]:
+    """Return label, kind with message, and number of the failures at all loads together, most first."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for one in points:
+        counts.update({(one.label, text): count for text, count in one.errors.items()})
+    return [(label, text, count) for (label, text), count in counts.most_common()]

@@ -9,7 +9,7 @@ import jinja2
 
 from server.bench.compare import Comparison, ratio_text, verdict
 from server.bench.intervals import CONFIDENCE, METRICS
-from server.bench.metrics import LATENCIES, STATISTICS, LoadPoint, worst_warnings
+from server.bench.metrics import LATENCIES, STATISTICS, LoadPoint, errors, worst_warnings
 from server.bench.plots import SERIES, plots
 from server.bench.results import FEW_SAMPLES, Rounds, cell, others, place
 from server.bench.workload import load_label
@@ -46,6 +46,7 @@ def render(
         points=ordered,
         plots=plots(points, rounds, content["axis"]),
         warnings=warnings,
+        errors=errors(points),
         comparisons=comparisons,
         metrics=METRICS,
         latencies=LATENCIES,

@@ -14,6 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 import numpy
 from matplotlib import pyplot  # after the choice of backend, which needs no display
+from matplotlib.lines import Line2D
 
 from server.bench.metrics import LoadPoint, latencies
 from server.bench.results import Rounds
@@ -96,19 +97,10 @@ def plots(points: Sequence[LoadPoint], rounds: Rounds, axis: str) -> list[Plot]:
     by_place = {(point.label, point.load): point for point in points}
     axis_name = {"concurrency": "requests at once", "request_rate": "requests arriving a second"}[axis]
 
-    def line(
-        axes: Any, label: str, style: str, name: str, value: Callable[[LoadPoint], float | None]
-    ) -> None:
+    def line(axes: Any, label: str, style: str, value: Callable[[LoadPoint], float | None]) -> None:
         found = [value(by_place[label, load]) if (label, load) in by_place else None for load in loads]
         places = [place for place, number in enumerate(found) if number is not None]
-        axes.plot(
-            places,
-            [found[place] for place in places],
-            style,
-            color=colors[label],
-            label=name,
-            clip_on=False,
-        )
+        axes.plot(places, [found[place] for place in places], style, color=colors[label], clip_on=False)
 
     def against_load(axes: Any, unit: str) -> None:
         ticks = [load_label(load) for load in loads]
@@ -117,30 +109,30 @@ def plots(points: Sequence[LoadPoint], rounds: Rounds, axis: str) -> list[Plot]:
         axes.set_xlabel(axis_name)
         axes.set_ylabel(unit)
         axes.set_ylim(bottom=0)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend()
 
     def times(field: str) -> Callable[[Any], None]:
         def draw(axes: Any) -> None:
             kinds = ("p50", "p90", "p99") if len(labels) == 1 else ("p50", "p99")
             for label in labels:
                 for kind in kinds:
-                    name = kind if len(labels) == 1 else f"{label} {kind}"
-                    line(axes, label, _LINES[kind], name, lambda one, kind=kind: getattr(one, field)[kind])
+                    line(axes, label, _LINES[kind], lambda one, kind=kind: getattr(one, field)[kind])
             against_load(axes, "ms")
+            # The page says which color is whose; above the axes, where no line can be.
+            handles = [
+                Line2D([], [], color=_INK, marker=_LINES[kind][0], ls=_LINES[kind][1:]) for kind in kinds
+            ]
+            axes.legend(handles, kinds, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0)
 
         return draw
 
     def throughput(axes: Any) -> None:
         for label in labels:
-            line(axes, label, "o-", label, lambda one: one.output_tokens_per_s if one.completed else None)
+            line(axes, label, "o-", lambda one: one.output_tokens_per_s if one.completed else None)
         against_load(axes, "output tokens/s")
 
     def attainment(axes: Any) -> None:
         for label in labels:
-            line(
-                axes, label, "o-", label, lambda one: None if one.attainment is None else one.attainment * 100
-            )
+            line(axes, label, "o-", lambda one: None if one.attainment is None else one.attainment * 100)
         against_load(axes, "% of requests")
         axes.set_ylim(0, 105)
 
@@ -148,38 +140,22 @@ def plots(points: Sequence[LoadPoint], rounds: Rounds, axis: str) -> list[Plot]:
         for label in labels:
             mine = [by_place[label, load] for load in loads if (label, load) in by_place]
             mine = [point for point in mine if point.tpot_ms["p50"] is not None]
-            axes.plot(
-                [point.output_tokens_per_s for point in mine],
-                [point.tpot_ms["p50"] for point in mine],
-                "o-",
-                color=colors[label],
-                label=label,
-                clip_on=False,
-            )
-            for point in mine:
-                place = (point.output_tokens_per_s, point.tpot_ms["p50"])
-                axes.annotate(
-                    load_label(point.load), place, xytext=(4, 5), textcoords="offset points", fontsize=8
-                )
+            x, y = [point.output_tokens_per_s for point in mine], [point.tpot_ms["p50"] for point in mine]
+            axes.plot(x, y, "o-", color=colors[label], clip_on=False)
+            for point, place in zip(mine, zip(x, y, strict=True), strict=True):
+                text = load_label(point.load)
+                axes.annotate(text, place, xytext=(4, 5), textcoords="offset points", fontsize=8)
         axes.set(xlabel="output tokens/s", ylabel="ms per token, p50", ylim=(0, None), xlim=(0, None))
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend()
 
     last = max((load for _, load in rounds), key=_order, default=None)
 
-    def distribution(key: str) -> Callable[[Any], None]:
-        def draw(axes: Any) -> None:
-            for label in labels:
-                found = [record for part in rounds.get((label, last), ()) for record in part]
-                found = numpy.sort(latencies(found)[key])
-                if len(found):
-                    shares = numpy.arange(1, len(found) + 1) / len(found) * 100
-                    axes.step(found, shares, where="post", color=colors[label], label=label)
-            axes.set(xlabel="ms", ylabel="% of requests at most", ylim=(0, 102), xlim=(0, None))
-            if axes.get_legend_handles_labels()[0]:
-                axes.legend(loc="lower right")
-
-        return draw
+    def distribution(axes: Any) -> None:
+        for label in labels:
+            records = [record for part in rounds.get((label, last), ()) for record in part]
+            found = numpy.sort(latencies(records)["ttft"])
+            shares = numpy.arange(1, len(found) + 1) / max(len(found), 1) * 100
+            axes.step(found, shares, where="post", color=colors[label])
+        axes.set(xlabel="ms", ylabel="% of requests at most", ylim=(0, 102), xlim=(0, None))
 
     at_last = f"at {axis.replace('_', ' ')} {load_label(last)}, the highest"
     wanted = [
@@ -201,7 +177,7 @@ def plots(points: Sequence[LoadPoint], rounds: Rounds, axis: str) -> list[Plot]:
             "ttft-distribution",
             "Distribution of the time to first token",
             f"All completed requests {at_last} load.",
-            distribution("ttft"),
+            distribution,
         ),
         ("request", "Whole request", "From sending a request to the end of its stream.", times("e2el_ms")),
     ]

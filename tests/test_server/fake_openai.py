@@ -149,4 +149,4 @@ if __name__ == "__main__":
     parser.add_argument("--model", default="fake")
     flags = parser.parse_args()
     app = make_app(flags.ttft, flags.tpot, flags.model, slots=flags.slots)
-    uvicorn.run(app, host="127.0.0.1", port=flags.port, log_level="warning")
+    uvicorn.run(app, host="127.0.0.1", port=flags.port, log_level="critical")

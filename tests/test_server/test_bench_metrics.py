@@ -125,21 +125,30 @@ def test_slices_hold_all_tokens_and_all_seconds():
     assert parts[:, 0].tolist() == pytest.approx([0, 0, 1, 1, 1, 4, 0, 0, 0, 4])
 
 
+METRIC = {metric.title: metric for metric in intervals.METRICS}
+
+
+def ratio(a, b, title="TTFT p50", **options):
+    return intervals.ratio(a, b, METRIC[title].statistic, METRIC[title].enough, **options)
+
+
 def test_a_ratio_of_few_values_has_no_interval_and_of_none_is_none():
-    few = intervals.ratio([numpy.ones(4)], [numpy.full(9, 2.0)], numpy.median)
+    few = ratio([numpy.ones(9)], [numpy.full(20, 2.0)])
     assert (few.value, few.low, few.high, few.is_clear) == (2.0, None, None, False)
-    assert intervals.ratio([numpy.ones(0)], [numpy.ones(9)], numpy.median) is None
+    assert ratio([numpy.ones(99)], [numpy.ones(99)], "TTFT p99").low is None
+    assert ratio([numpy.ones(0)], [numpy.ones(20)]) is None
 
 
-def test_intervals_hold_the_true_ratio_about_as_often_as_they_say(monkeypatch):
-    monkeypatch.setattr(intervals, "RESAMPLES", 200)
+@pytest.mark.parametrize("title", ["TTFT p50", "TTFT p99"])
+def test_intervals_hold_the_true_ratio_about_as_often_as_they_say(monkeypatch, title):
+    monkeypatch.setattr(intervals, "RESAMPLES", 150)
     random = numpy.random.default_rng(5)
-    held = 0
-    for trial in range(120):
-        a, b = (random.lognormal(numpy.log(center), 0.4, size=60) for center in (100, 125))
-        found = intervals.ratio([a], [b], numpy.mean, seed=trial)
+    held, trials = 0, 80
+    for trial in range(trials):
+        a, b = (random.lognormal(numpy.log(center), 0.4, size=METRIC[title].enough) for center in (100, 125))
+        found = ratio([a], [b], title, seed=trial)
         held += found.low <= 1.25 <= found.high
-    assert 0.88 * 120 <= held <= 0.99 * 120, held
+    assert 0.88 * trials <= held < trials, held
 
 
 def test_rounds_that_drift_together_cancel_in_a_pair_and_widen_the_interval_otherwise():
@@ -147,7 +156,7 @@ def test_rounds_that_drift_together_cancel_in_a_pair_and_widen_the_interval_othe
     drift = (1.0, 1.6, 0.7, 1.3)
     a = [factor * random.normal(100, 2, size=40) for factor in drift]
     b = [factor * random.normal(110, 2, size=40) for factor in drift]
-    paired, apart = (intervals.ratio(a, b, numpy.mean, paired=pair) for pair in (True, False))
+    paired, apart = (ratio(a, b, "TTFT p50", paired=pair) for pair in (True, False))
     assert paired.low < 1.1 < paired.high and paired.is_clear and not apart.is_clear
     assert apart.high - apart.low > 5 * (paired.high - paired.low)
 
