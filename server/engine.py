@@ -51,6 +51,22 @@ _PLACES = {  # newest first: 0.33, 0.32, 0.24
     "ToolParserManager": ("tool_parsers", "entrypoints.openai.tool_parsers"),
     "ReasoningParserManager": ("reasoning",),
 }
+_REPLACED_FLAGS = {
+    "--allowed-origins": "give --cors-origins",
+    "--allowed-methods": "--cors-origins allows all methods",
+    "--allowed-headers": "--cors-origins allows all headers",
+    "--allow-credentials": "keys come in the header Authorization, not in cookies: leave it out",
+    "--ssl-cert-reqs": "--ssl-ca-certs asks for certificates of clients",
+    "--ssl-ciphers": "put a proxy in front that ends TLS",
+    "--enable-ssl-refresh": "restart the server for a new certificate",
+    "--disable-uvicorn-access-log": "give --no-access-log",
+    "--disable-access-log-for-endpoints": "probes are not logged in any case: leave it out",
+    "--enable-request-id-headers": "the header is always there: leave it out",
+    "--h11-max-incomplete-event-size": "heads end at 64 KiB, bodies at --max-body-bytes",
+    "--h11-max-header-count": "heads end at 64 KiB",
+}
+"""Flags of vLLM's HTTP server, which is not used here: an error is better than a limit that is not there."""
+
 _OPEN_FILES = 65535
 _ENGINE_CHECK_INTERVAL_S = 0.2
 _FAILED_TIMEOUT_S = 2.0
@@ -83,6 +99,10 @@ def parse_arguments(model: str, settings: Settings, flags: Sequence[str]) -> arg
     """
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    for flag in flags:
+        instead = _REPLACED_FLAGS.get(flag.partition("=")[0].replace("_", "-"))
+        if instead:
+            raise ServerError(f"{flag.partition('=')[0]} of vLLM has no effect in pvq serve: {instead}")
     parser = _from_vllm("make_arg_parser")(
         FlexibleArgumentParser(prog="pvq serve", description="Flags of vLLM.")
     )
@@ -194,8 +214,7 @@ def _take_over(args: argparse.Namespace, settings: Settings) -> KeyStore:
     if not keys and from_environment:
         keys = [from_environment]
     args.api_key = None
-    if settings.cors_origins:
-        args.allowed_origins = []
+    args.allowed_origins = []
     if settings.max_output_tokens:
         override = dict(getattr(args, "override_generation_config", None) or {})
         bound = min(settings.max_output_tokens, override.get("max_new_tokens", settings.max_output_tokens))

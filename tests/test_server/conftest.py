@@ -217,7 +217,7 @@ def start_server(tiny_llama, tmp_path_factory):
 @pytest.fixture(scope="session")
 def served(start_server):
     """Return the one server that most tests share; they leave it running."""
-    flags = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--max-num-seqs", "16"]
+    flags = ["--enable-auto-tool-choice", "--tool-call-parser", "xlam", "--max-num-seqs", "16"]
     flags += ["--log-format", "json", "--max-output-tokens", "400"]
     # A random model would fill JSON with blanks for as long as it may.
     flags += ["--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}']

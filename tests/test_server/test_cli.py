@@ -5,6 +5,7 @@ import json
 import socket
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -66,6 +67,27 @@ def test_unknown_command_is_a_usage_error(run_pvq):
     assert done.returncode == 2 and "No such command 'nosuch'" in done.stderr
 
 
+def test_serve_shows_its_settings_without_a_model(run_pvq):
+    done = run_pvq("serve", "--show-config", "--port", "9005", "--max-model-len", "2048")
+    assert done.returncode == 0, done.stderr
+    assert tomllib.loads(done.stdout)["port"] == 9005
+    assert '"--max-model-len", "2048"' in done.stdout.splitlines()[-1]
+
+
+def test_serve_without_a_model_says_so(run_pvq):
+    done = run_pvq("serve", "--max-model-len", "2048")
+    assert done.returncode == 2 and done.stderr.startswith("pvq: MODEL is missing")
+
+
+def test_serve_has_a_flag_for_every_setting(run_pvq):
+    from server.settings import Settings
+
+    text = run_pvq("serve", "--help").stdout
+    for name in Settings.model_fields:
+        assert f"--{name.replace('_', '-')} " in text or name in ("model", "access_log"), name
+    assert "--access-log" in text and "--no-access-log" in text
+
+
 def test_serve_names_a_missing_folder(run_pvq, tmp_path):
     done = run_pvq("serve", str(tmp_path / "nosuch"))
     assert done.returncode == 2
@@ -107,6 +129,17 @@ def test_an_error_of_this_project_is_one_sentence(monkeypatch, capsys):
     monkeypatch.setattr(cli, "load_command", fail)
     assert cli.main(["inspect", "x"]) == 2
     assert capsys.readouterr().err == "pvq: shard x is too short: copy it again\n"
+
+
+@pytest.mark.vllm
+def test_serve_refuses_flags_of_vllms_own_http_server(run_pvq, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    done = run_pvq("serve", str(tmp_path), "--allowed-origins", '["*"]')
+    assert done.returncode == 2
+    assert (
+        done.stderr.strip().splitlines()[-1].startswith("pvq: --allowed-origins")
+        and "--cors-origins" in done.stderr
+    )
 
 
 @pytest.mark.vllm

@@ -74,6 +74,9 @@ def test_log_lines_are_json_with_the_request_id(served, client):
         model="tiny", prompt="x", max_tokens=1, extra_headers={"X-Request-Id": "find-me"}
     )
     assert reply.headers["x-request-id"] == "find-me"
+    deadline = time.monotonic() + 20  # the line is written after the answer
+    while "find-me" not in served.log_path.read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
     lines = [json.loads(line) for line in served.log_path.read_text().splitlines() if line.startswith("{")]
     (line,) = [line for line in lines if line.get("request_id") == "find-me"]
     assert (line["logger"], line["status"], line["key"]) == ("pvq.access", 200, "key") and line[
