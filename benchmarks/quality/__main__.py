@@ -22,7 +22,9 @@ from pathlib import Path
 
 import torch
 
+from offline_quant.calibration import forward_dtype
 from offline_quant.calibration_data import calibration_text
+from offline_quant.device import choose_device
 from offline_quant.evaluate import evaluation_text
 from pvq_vllm.codec.errors import PVQError
 
@@ -55,6 +57,7 @@ def run_row(row: Row, protocol: Protocol, peers: Path, keep: bool) -> dict:
         "seconds": round(seconds, 1),
         "commit": version,
         "threads": torch.get_num_threads(),
+        "device": protocol.device,
     }
 
 
@@ -77,15 +80,19 @@ def main() -> int:
     parser.add_argument(
         "--threads", type=int, default=len(os.sched_getaffinity(0)), help="of every program that is run"
     )
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the evaluation's forward pass")
     parser.add_argument("--list", action="store_true", help="list the rows and stop")
     arguments = parser.parse_args()
     if arguments.list:
         print("\n".join(f"{row.key:24} {row.label}" for row in ROWS.values()))
         return 0
     torch.set_num_threads(arguments.threads)
+    device = choose_device(arguments.device)
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else forward_dtype(device)
     protocol = Protocol(
         arguments.model, arguments.calibration, arguments.evaluation, arguments.out,
-        arguments.calibration_sequences, arguments.evaluation_sequences, arguments.length,
+        arguments.calibration_sequences, arguments.evaluation_sequences, arguments.length, device, dtype,
     )  # fmt: skip
     patterns = [pattern for pattern in arguments.only.split(",") if pattern]
     unknown = [pattern for pattern in patterns if not fnmatch.filter(ROWS, pattern)]

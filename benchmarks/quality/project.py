@@ -50,7 +50,8 @@ def quantized(protocol: Protocol, arguments: tuple[str, ...], calibrate: bool = 
         RuntimeError: the command failed; with its last line.
     """
     command = [str(Path(sys.executable).with_name("pvq")), "quantize", str(protocol.model)]
-    options = ["--lm-head", "16", "--threads", str(torch.get_num_threads()), *arguments]
+    options = ["--lm-head", "16", "--threads", str(torch.get_num_threads()), "--device", protocol.device]
+    options += arguments
     if calibrate:
         options += ["--calibration", str(protocol.calibration_text)]
         options += ["--calibration-sequences", str(protocol.calibration_sequences)]

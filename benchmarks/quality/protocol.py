@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from offline_quant.calibration import forward_dtype
 from offline_quant.calibration_data import calibration_tokens, tokenize
 from offline_quant.evaluate import compare_logits, load_model, mean_and_interval
 from offline_quant.model_source import ModelSource
@@ -20,7 +19,9 @@ from offline_quant.model_source import ModelSource
 
 @dataclass(frozen=True)
 class Protocol:
-    """``folder`` keeps everything that belongs to one model and one choice of texts."""
+    """``folder`` keeps everything that belongs to one model and one choice of texts. ``device`` and ``dtype``
+    are those of the forward pass.
+    """
 
     model: Path
     calibration_text: Path
@@ -29,6 +30,8 @@ class Protocol:
     calibration_sequences: int = 24
     evaluation_sequences: int = 10
     length: int = 1024
+    device: str = "cpu"
+    dtype: torch.dtype = torch.bfloat16
 
     @cached_property
     def source(self) -> ModelSource:
@@ -81,7 +84,7 @@ class Protocol:
         """
         reference = torch.load(self._reference(), mmap=True)
         samples = [
-            compare_logits(logits, expected, sequence)
+            compare_logits(logits, expected.to(self.device), sequence.to(self.device))
             for logits, expected, sequence in zip(
                 self._logits(folder), reference, self.evaluation, strict=True
             )
@@ -92,7 +95,7 @@ class Protocol:
             "perplexity": math.exp(mean),
             "perplexity_ci95": interval and [math.exp(bound) for bound in interval],
             "perplexity_reference": math.exp(reference_loss),
-            "dtype": str(forward_dtype()).removeprefix("torch."),
+            "dtype": str(self.dtype).removeprefix("torch."),
         }
         for key in ("kl_divergence", "top1_agreement"):
             result[key], result[f"{key}_ci95"] = mean_and_interval([sample[key] for sample in samples])
@@ -100,15 +103,16 @@ class Protocol:
 
     def _reference(self) -> Path:
         # Another number of threads adds in another order, which in bfloat16 is a KL divergence of 0.002.
-        path = self.folder / f"reference_logits_{torch.get_num_threads()}.pt"
+        kind = f"{self.device}{torch.get_num_threads()}_{str(self.dtype).removeprefix('torch.')}"
+        path = self.folder / f"reference_logits_{kind}.pt"
         if not path.exists():
             partial = path.with_suffix(f".{os.getpid()}")
-            torch.save(torch.stack(list(self._logits(self.model))), partial)
+            torch.save(torch.stack([logits.cpu() for logits in self._logits(self.model)]), partial)
             partial.rename(path)
         return path
 
     def _logits(self, folder: Path):
-        model = load_model(folder, forward_dtype())
+        model = load_model(folder, self.dtype).to(self.device)
         with torch.inference_mode():
             for sequence in self.evaluation:
-                yield model(input_ids=sequence[None], use_cache=False).logits[0]
+                yield model(input_ids=sequence[None].to(self.device), use_cache=False).logits[0]

@@ -70,6 +70,7 @@ def _peer(
             "model": str(protocol.model.resolve()),
             "calibration": str(protocol.calibration_file.resolve()),
             "threads": torch.get_num_threads(),
+            "device": protocol.device,
             "options": options,
         }
         out, answer = run_job(peers, environment, script, job, work)

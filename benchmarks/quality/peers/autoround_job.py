@@ -36,7 +36,7 @@ def main() -> None:
         seqlen=tokens.shape[1],
         batch_size=batch,
         dataset=dataset,
-        device_map="cpu",
+        device_map=job["device"],
         seed=42,
     )
     quantized, resolved = rounder.quantize()

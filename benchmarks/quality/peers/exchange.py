@@ -28,7 +28,8 @@ def calibration_tokens(job: dict) -> torch.Tensor:
 def load_model(job: dict, dtype: torch.dtype = torch.float32):
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype, local_files_only=True).eval()
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype, local_files_only=True)
+    return model.to(job["device"]).eval()
 
 
 def decoder_linears(model) -> dict[str, torch.nn.Linear]:
@@ -50,5 +51,7 @@ def write_answer(
         "modules": len(stored_bits),
         "details": details,
     }
-    save_file({name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}, job["out"])
+    save_file(
+        {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, job["out"]
+    )
     Path(job["out"]).with_suffix(".json").write_text(json.dumps(answer))

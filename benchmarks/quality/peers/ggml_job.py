@@ -71,10 +71,10 @@ def importance(job: dict, model) -> dict[str, torch.Tensor]:
     ]
     with torch.inference_mode():
         for row in tokens:
-            model.base_model(input_ids=row[None], use_cache=False)
+            model.base_model(input_ids=row[None].to(job["device"]), use_cache=False)
     for handle in handles:
         handle.remove()
-    result = {name: total / tokens.numel() for name, total in sums.items()}
+    result = {name: (total / tokens.numel()).cpu() for name, total in sums.items()}
     save_file(result, path)
     return result
 
@@ -116,7 +116,7 @@ def main() -> None:
     library = load_library()
     tensors, stored, types = {}, {}, {}
     for name, module in linears.items():
-        weight = np.ascontiguousarray(module.weight.detach().float().numpy())
+        weight = np.ascontiguousarray(module.weight.detach().float().cpu().numpy())
         rows, columns = weight.shape
         layer = int(name.split(".layers.")[1].split(".")[0])
         kind = recipe_type(options["recipe"], name.rpartition(".")[2], layer, layers)
