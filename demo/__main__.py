@@ -268,7 +268,8 @@ def main() -> int:
     console.print(f"Q: {report['question']}\nA: [bold]{report['answer']}[/bold]", highlight=False)
     console.print(
         f"{report['load']['completed']} requests completed, {report['load']['failed']} failed; "
-        f"{arguments.folder / 'report.json'} written after {time.monotonic() - started:.0f} s"
+        f"{arguments.folder / 'report.json'} and {arguments.folder / 'load' / 'report.html'} written after "
+        f"{time.monotonic() - started:.0f} s"
     )
     return 1 if report["load"]["failed"] else 0
 

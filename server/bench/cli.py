@@ -154,6 +154,10 @@ def bench(
             loads = workload.parse_loads(request_rate or "1", "--request-rate")
         else:
             loads = workload.parse_loads(concurrency or "1,2,4,8", "--concurrency")
+        if duration_s is not None and None in loads:
+            raise ServerError(
+                "--duration-s says nothing about the rate inf: give --requests, or leave out inf"
+            )
         if find_rate and (len(loads) != 1 or loads[0] is None):
             raise ServerError(f"--find-rate starts at one rate, not at {request_rate}: give one number")
         if find_rate and requests is None:

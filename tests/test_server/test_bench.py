@@ -239,6 +239,7 @@ def test_a_full_disk_is_one_sentence_after_the_table(urls, tmp_path, capsys):
         (["--find-rate"], "needs an objective"),
         (["--find-rate", "--ttft-objective-ms", "1", "--request-rate", "1,2"], "starts at one rate"),
         (["--duration-s", "5"], "--duration-s is for rates"),
+        (["--duration-s", "5", "--request-rate", "1,inf"], "leave out inf"),
         (["--endpoint", "embeddings"], "--endpoint embeddings is unknown"),
         (["--output-tokens", "many"], "--output-tokens many"),
         (["--dataset", "/nowhere.json"], "cannot be read"),
