@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands ``pvq serve`` and ``pvq bench``. Heavy imports are inside the functions, after the cheap
-checks.
-"""
+"""The command ``pvq serve``. Heavy imports are inside the function, after the cheap checks."""
 
 import contextlib
 import sys
