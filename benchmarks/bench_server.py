@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What does `pvq serve` cost beside `vllm serve`? Both serve the same checkpoint at the same time and are loaded in turn.
 
-    python benchmarks/bench_server.py build/demo/pvq [--rounds 30] [--json FILE]
+    python benchmarks/bench_server.py build/demo/pvq [--rounds 30] [--eager] [--json FILE]
 
 A round sends the same requests first to one and then to the other, and the other way round in the next one, so that
 drift of the machine hits both. Throughput: output tokens per second with `--concurrency` requests at once. TTFT: from
@@ -36,7 +36,7 @@ OUTPUT_TOKENS = 48
 
 
 @contextlib.contextmanager
-def served(name: str, model: str, folder: Path) -> Iterator[str]:
+def served(name: str, model: str, flags: list[str], folder: Path) -> Iterator[str]:
     """Start one server for the duration of the context; yield its URL, maybe before it is ready."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -52,7 +52,7 @@ def served(name: str, model: str, folder: Path) -> Iterator[str]:
         "--port",
         str(port),
     ]
-    command += ["--served-model-name", "m", "--max-model-len", "512", "--max-num-seqs", "16"]
+    command += ["--served-model-name", "m", "--max-model-len", "512", "--max-num-seqs", "16", *flags]
     environment = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
     with open(folder / f"{name.replace(' ', '-')}.log", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
@@ -133,12 +133,14 @@ def main() -> None:
     parser.add_argument("model", help="checkpoint folder")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--concurrency", type=int, default=8)
+    parser.add_argument("--eager", action="store_true", help="without torch.compile, which takes minutes")
     parser.add_argument("--json", type=Path, help="write all rounds to this file")
     options = parser.parse_args()
+    flags = ["--enforce-eager"] if options.eager else []
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         urls = {}
         for name in SERVERS:  # one after the other: two engines that start at once fight for the cores
-            urls[name] = stack.enter_context(served(name, options.model, Path(folder)))
+            urls[name] = stack.enter_context(served(name, options.model, flags, Path(folder)))
             wait(urls[name])
         results = asyncio.run(compare(urls, options.rounds, options.concurrency))
     table = Table(

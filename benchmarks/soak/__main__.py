@@ -89,6 +89,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30, help="of mixed load")
     parser.add_argument("--rate", type=float, default=4, help="requests a second of mixed load")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--eager", action="store_true", help="serve --model without torch.compile")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     options = parser.parse_args()
     if bool(options.url) == bool(options.model):
@@ -108,6 +109,7 @@ def main() -> int:
             for names, slots in ((few, 8), (many, 256)):
                 if names:
                     flags = ["--max-num-seqs", str(slots), "--max-model-len", "512", "--no-access-log"]
+                    flags += ["--enforce-eager"] if options.eager else []
                     with served(options.model, flags, Path(folder) / "serve.log") as (url, pid):
                         results |= asyncio.run(run(options, url, pid, names))
     if options.json:
