@@ -263,7 +263,14 @@ def _progress(plan: "Plan", total: int | None) -> "Iterator[OnDone]":
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     failed = 0
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+    # Drawn seldom: it takes milliseconds in which no piece of an answer is stamped.
+    shown = {
+        "console": console,
+        "disable": not console.is_terminal,
+        "transient": True,
+        "refresh_per_second": 2,
+    }
+    with Progress(*columns, **shown) as progress:
         task = progress.add_task("load test", total=total)
 
         def on_done(stage: Any, record: Any) -> None:
