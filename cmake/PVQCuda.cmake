@@ -93,6 +93,7 @@ target_sources(_C PRIVATE
   csrc/cuda/rotate_cluster.cu
   csrc/cuda/rotate_quantize.cu
   csrc/cuda/table.cpp
+  csrc/cuda/warp_tiles.cu
   csrc/cuda/wgmma_schedule.cpp)
 set_target_properties(_C PROPERTIES CUDA_ARCHITECTURES "${kept}")
 target_include_directories(_C PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})

@@ -26,6 +26,9 @@ const DeviceProperties& device_properties() {
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "GPU attribute");
     check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "GPU attribute");
     p.capability = 10 * major + minor;
+#ifdef PVQ_WITH_WGMMA
+    p.has_wgmma = p.capability == 90;
+#endif
   });
   return properties[static_cast<std::size_t>(device)];
 }

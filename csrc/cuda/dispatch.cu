@@ -12,7 +12,7 @@ namespace {
 constexpr std::int64_t kMmaColumns = 32;  // up to here mma.sync is faster than wgmma, which wants 64 columns or more
 constexpr std::int64_t kStaticSharedBytes = 24 * 1024;  // at most, of the kernel that rotates
 
-enum class Choice { kAuto, kFew, kMma, kWgmma, kPrefill };
+enum class Choice { kAuto, kFew, kTiles, kMma, kWgmma, kPrefill };
 
 Choice choice() {
   const char* text = std::getenv("PVQ_CUDA_KERNEL");
@@ -20,19 +20,11 @@ Choice choice() {
   const std::string name(text);
   if (name == "auto") return Choice::kAuto;
   if (name == "few") return Choice::kFew;
+  if (name == "tiles") return Choice::kTiles;
   if (name == "mma") return Choice::kMma;
   if (name == "wgmma") return Choice::kWgmma;
   if (name == "prefill") return Choice::kPrefill;
-  throw std::invalid_argument("PVQ_CUDA_KERNEL is '" + name + "'; use auto, few, mma, wgmma or prefill.");
-}
-
-// wgmma exists on compute capability 9.0 and only in code compiled for 9.0a.
-bool has_wgmma() {
-#ifdef PVQ_WITH_WGMMA
-  return device_properties().capability == 90;
-#else
-  return false;
-#endif
+  throw std::invalid_argument("PVQ_CUDA_KERNEL is '" + name + "'; use auto, few, tiles, mma, wgmma or prefill.");
 }
 
 Tokens tokens_of(const CudaPlan& plan, const Constants& constants, const Call& call) {
@@ -59,7 +51,7 @@ void make_activations(const Tokens& tokens, const Activations& out, cudaStream_t
 
 // Of a segment.
 bool takes_prefill(Choice chosen, std::int64_t rows, std::int64_t num_columns) {
-  if (!has_wgmma()) return false;
+  if (!device_properties().has_wgmma) return false;
   return chosen == Choice::kPrefill || (chosen == Choice::kAuto && prefill_pays(rows, num_columns));
 }
 
@@ -72,12 +64,11 @@ Workspace workspace_of(const CudaPlan& plan, std::int64_t num_tokens, Choice cho
 void multiply(Choice chosen, const Activations& a, const Weight& weight, const Output& output, const Scratch& scratch,
               std::uint8_t* expanded, cudaStream_t stream) {
   if (takes_prefill(chosen, weight.rows, a.num_columns())) return prefill(a, weight, output, expanded, stream);
-  if (chosen == Choice::kAuto)
-    chosen = a.num_columns() <= kMaxFewColumns              ? Choice::kFew
-             : a.num_columns() > kMmaColumns && has_wgmma() ? Choice::kWgmma
-                                                            : Choice::kMma;
-  if (chosen == Choice::kFew && a.num_columns() <= kMaxFewColumns && few_columns(a, weight, output, scratch, stream)) return;
-  if (chosen != Choice::kMma && has_wgmma()) {
+  const bool hopper = device_properties().has_wgmma, any = chosen == Choice::kAuto;
+  if ((any || chosen == Choice::kFew) && a.num_columns() <= kMaxFewColumns && few_columns(a, weight, output, scratch, stream))
+    return;
+  if (hopper && (any || chosen == Choice::kTiles) && warp_tiles(a, weight, output, stream)) return;
+  if (hopper && chosen != Choice::kMma && (!any || a.num_columns() > kMmaColumns)) {
     many_columns_wgmma(a, weight, output, scratch, stream);
   } else {
     many_columns(a, weight, output, scratch, stream);

@@ -10,8 +10,8 @@
 // faster.
 #include <algorithm>
 
+#include "column_sums.cuh"
 #include "decode.cuh"
-#include "finish.cuh"
 #include "launch.h"
 #include "linear.h"
 #include "mma.cuh"
@@ -40,11 +40,7 @@ struct Parameters {
   int sum_stride;                   // words from one column's sums to the next one's
 };
 
-struct TokenFacts {  // of all columns, tokens and warps, in shared memory
-  std::int32_t sums[kMaxFewColumns];
-  float scales[kMaxFewColumns];
-  std::uint32_t largest[32];
-};
+using Facts = ColumnFacts<kMaxFewColumns>;
 
 // A warp's chunks of its block, [tile][chunk of the split]: every kStride-th.
 template <int kStride>
@@ -78,16 +74,16 @@ __device__ __forceinline__ void copy_columns(const Parameters& p, int first_chun
 
 // Quantize the token; the split's chunks go to shared memory as copy_columns would put them.
 template <DType kType, int kThreads>
-__device__ __noinline__ void quantize_token(const Parameters& p, int first_chunk, int num_chunks, char* activations,
-                                            TokenFacts& facts) {
+__device__ __noinline__ void quantize_token(const Parameters& p, int first_chunk, int num_chunks, char* activations, Facts& facts,
+                                            std::uint32_t* warp_largest) {
   const int num_planes = p.tokens.num_planes, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int groups = static_cast<int>(p.tokens.in_features) / 8, padded_groups = static_cast<int>(p.weight.num_chunks) * 16;
   const Element<kType>* x = static_cast<const Element<kType>*>(p.tokens.x);
   std::uint32_t largest = __reduce_max_sync(0xffffffffu, largest_magnitude<kType>(x, groups, threadIdx.x, kThreads));
-  if (lane == 0) facts.largest[warp] = largest;
+  if (lane == 0) warp_largest[warp] = largest;
   if (threadIdx.x < 2) facts.sums[threadIdx.x] = 0;
   __syncthreads();
-  largest = __reduce_max_sync(0xffffffffu, lane < kThreads / 32 ? facts.largest[lane] : 0u);
+  largest = __reduce_max_sync(0xffffffffu, lane < kThreads / 32 ? warp_largest[lane] : 0u);
   const TokenScale scale(largest, num_planes, p.tokens.scale_constant);
   std::int32_t sums[2] = {};
   quantize_groups<kType>(x, groups, padded_groups, threadIdx.x, kThreads, scale, num_planes, sums,
@@ -104,30 +100,6 @@ __device__ __noinline__ void quantize_token(const Parameters& p, int first_chunk
     if (lane == 0) atomicAdd(&facts.sums[plane], sum);
   }
   if (threadIdx.x == 0) facts.scales[0] = scale.token_scale;
-}
-
-template <typename T, int kThreads>
-__device__ __forceinline__ void store_outputs(const Parameters& p, const std::int32_t* sums, int first_row, int num_rows,
-                                              int num_tokens, int num_planes, const TokenFacts& facts, const float* row_scale) {
-  const int half_offset = p.weight.codebook == CodebookId::kInt8 ? 0 : 1;
-  // As many tokens at once as there are threads for.
-  const int lanes = min(kThreads, (num_rows + 31) / 32 * 32), at_once = kThreads / lanes;
-  const int first_token = threadIdx.x / lanes;
-  if (first_token >= at_once) return;
-  const T* bias = p.output.bias == nullptr ? nullptr : static_cast<const T*>(p.output.bias) + first_row;
-#pragma unroll 1
-  for (int row = threadIdx.x - first_token * lanes; row < num_rows; row += lanes) {
-    const float scale = row_scale[row];
-#pragma unroll 1
-    for (int token = first_token; token < num_tokens; token += at_once) {
-      const int column = token * num_planes;
-      const std::int32_t* sum = sums + column * p.sum_stride + row;
-      float value = plane_value(sum[0], facts.sums[column], half_offset);
-      if (num_planes == 2) value = join_planes(value, plane_value(sum[p.sum_stride], facts.sums[column + 1], half_offset));
-      T* y = static_cast<T*>(p.output.y) + token * p.output.stride + first_row;
-      y[row] = finish_value<T>(value, scale, facts.scales[token], bias, row);
-    }
-  }
 }
 
 // Blocks that share rows leave their sums in `partial`; the last of them adds all up. True in the last one.
@@ -163,7 +135,8 @@ template <CodebookId kId, int kColumnTiles, bool kFused, bool kInTurn>
 __global__ void __launch_bounds__(register_bound(kId, kColumnTiles), 1) few_columns_kernel(const __grid_constant__ Parameters p) {
   constexpr int kThreads = num_threads(kId, kColumnTiles), kWarps = kThreads / 32;
   extern __shared__ __align__(64) char shared[];
-  __shared__ TokenFacts facts;
+  __shared__ Facts facts;
+  __shared__ std::uint32_t warp_largest[kWarps];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int all_chunks = static_cast<int>(p.weight.num_chunks);
   const int first_chunk = blockIdx.y * p.chunks_per_split, num_chunks = min(p.chunks_per_split, all_chunks - first_chunk);
@@ -218,11 +191,11 @@ __global__ void __launch_bounds__(register_bound(kId, kColumnTiles), 1) few_colu
   wait_for_dependencies();
   if constexpr (kFused) {
     if (p.tokens.dtype == DType::kBFloat16)
-      quantize_token<DType::kBFloat16, kThreads>(p, first_chunk, num_chunks, activations, facts);
+      quantize_token<DType::kBFloat16, kThreads>(p, first_chunk, num_chunks, activations, facts, warp_largest);
     else if (p.tokens.dtype == DType::kFloat16)
-      quantize_token<DType::kFloat16, kThreads>(p, first_chunk, num_chunks, activations, facts);
+      quantize_token<DType::kFloat16, kThreads>(p, first_chunk, num_chunks, activations, facts, warp_largest);
     else
-      quantize_token<DType::kFloat32, kThreads>(p, first_chunk, num_chunks, activations, facts);
+      quantize_token<DType::kFloat32, kThreads>(p, first_chunk, num_chunks, activations, facts, warp_largest);
     copy_async_wait<0>();
   } else {
     copy_columns(p, first_chunk, num_chunks, activations, kThreads);
@@ -259,15 +232,11 @@ __global__ void __launch_bounds__(register_bound(kId, kColumnTiles), 1) few_colu
     }
   };
   const auto add_sums = [&] {
-    std::int32_t* to = sums + 2 * (lane & 3) * p.sum_stride + tile * kTileRows + (lane >> 2);
 #pragma unroll
     for (int c = 0; c < kColumnTiles; ++c) {
+      add_fragment(sums, p.sum_stride, tile * kTileRows, 8 * c, p.num_columns, lane, tile_sums[c]);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (8 * c + 2 * (lane & 3) + (i & 1) < p.num_columns)
-          atomicAdd(to + (8 * c + (i & 1)) * p.sum_stride + (i >> 1) * 8, tile_sums[c][i]);
-        tile_sums[c][i] = 0;
-      }
+      for (int i = 0; i < 4; ++i) tile_sums[c][i] = 0;
     }
   };
   const auto next_chunk = [&] {
@@ -310,12 +279,8 @@ __global__ void __launch_bounds__(register_bound(kId, kColumnTiles), 1) few_colu
   const int first_row = first_tile * kTileRows, rows_here = min(num_rows, static_cast<int>(p.weight.rows) - first_row);
   const int num_planes = kFused ? p.tokens.num_planes : p.a.num_planes,
             num_tokens = static_cast<int>(kFused ? p.tokens.num_tokens : p.a.num_tokens);
-  if (p.output.dtype == DType::kBFloat16)
-    store_outputs<__nv_bfloat16, kThreads>(p, sums, first_row, rows_here, num_tokens, num_planes, facts, row_scale);
-  else if (p.output.dtype == DType::kFloat16)
-    store_outputs<__half, kThreads>(p, sums, first_row, rows_here, num_tokens, num_planes, facts, row_scale);
-  else
-    store_outputs<float, kThreads>(p, sums, first_row, rows_here, num_tokens, num_planes, facts, row_scale);
+  store_outputs(p.output, p.weight.codebook, sums, p.sum_stride, first_row, rows_here, num_tokens, num_planes, facts, row_scale,
+                kThreads);
 }
 
 // Blocks, splits and shared memory; false if nothing fits.
@@ -328,12 +293,12 @@ bool run(Parameters& p, cudaStream_t stream) {
   for (std::int64_t chunks_here = (chunks + first_splits - 1) / first_splits; chunks_here > 0; --chunks_here) {
     const std::int64_t splits = (chunks + chunks_here - 1) / chunks_here;
     if (splits > kMaxSplits) break;
-    // More splits than the rows ask for are slower than a kernel that brings the activations in pieces, unless rows are few.
-    if (kColumnTiles == 4 && splits > first_splits && tiles > 2 * device.num_sms) return false;
+    // More splits than the rows ask for are slower than warp_tiles.cu.
+    if (kColumnTiles > 1 && splits > first_splits && device.has_wgmma) return false;
     // As many blocks as give everyone the same number of tiles: what is left of the device is for the kernel before this one.
     for (std::int64_t tiles_here = (tiles * splits + device.num_sms - 1) / device.num_sms;; tiles_here = (tiles_here + 1) / 2) {
       const std::int64_t blocks = (tiles + tiles_here - 1) / tiles_here;
-      const std::int64_t sum_stride = tiles_here * kTileRows + 4;  // no bank conflicts, neither of rows nor of fragments
+      const std::int64_t sum_stride = column_stride(tiles_here * kTileRows);
       const std::int64_t sum_bytes = 4 * (columns * sum_stride + tiles_here * kTileRows);
       const std::int64_t read_past = kColumnTiles == 4 ? 32 - p.stored_columns : 0;  // columns of the last chunk
       const std::int64_t total = round_up(kMaxSharedBase + kGainTableBytes + sum_bytes, kTableAlignment) + table_bytes(kId) +

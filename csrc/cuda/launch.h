@@ -23,6 +23,7 @@ constexpr int kMaxSharedBase = 2048;
 
 struct DeviceProperties {
   int num_sms = 0, max_shared_bytes = 0, capability = 0;  // capability: 10 major + minor
+  bool has_wgmma = false;                                 // on compute capability 9.0, and only in code compiled for 9.0a
 };
 
 // Of the current device; read once.

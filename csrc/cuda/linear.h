@@ -92,6 +92,9 @@ bool starts_early(const Activations& a, std::int64_t blocks);
 
 // Products of quantized activations. few_columns: at most kMaxFewColumns; false if the shape does not fit.
 bool few_columns(const Activations& a, const Weight& weight, const Output& output, const Scratch& scratch, cudaStream_t stream);
+// warp_tiles, sm_90a: at most kMaxWarpTileColumns; false likewise.
+constexpr int kMaxWarpTileColumns = 64;
+bool warp_tiles(const Activations& a, const Weight& weight, const Output& output, cudaStream_t stream);
 void many_columns(const Activations& a, const Weight& weight, const Output& output, const Scratch& scratch, cudaStream_t stream);
 void many_columns_wgmma(const Activations& a, const Weight& weight, const Output& output, const Scratch& scratch,
                         cudaStream_t stream);  // sm_90a

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.cuda
 
 NAMES = ("pvq2", "pvq3", "pvq4", "int8")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-TOKENS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 33, 64, 65, 130, 257, 300)
+TOKENS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 32, 33, 50, 64, 65, 130, 257, 300)
 SIZES = (  # (columns, rows, blocks)
     (8, 1, 1),
     (8, 100, 0),
@@ -26,6 +26,8 @@ SIZES = (  # (columns, rows, blocks)
     (4096, 960, 1),
     (14336, 100, 1),
     (14336, 960, 2),
+    (14336, 300, 0),
+    (8192, 600, 0),
 )
 
 # Every dense order that has a kernel, and a power of two that a cluster shares.
@@ -73,18 +75,22 @@ def test_every_number_of_tokens(kit, columns, rows, blocks, name, mode):
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("kernel", ["few", "mma", "wgmma", "prefill"])
+@pytest.mark.parametrize("kernel", ["few", "tiles", "mma", "wgmma", "prefill"])
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("mode", ["a8", "a16"])
 def test_every_kernel(kit, monkeypatch, kernel, name, mode):
-    if kernel in ("wgmma", "prefill") and torch.cuda.get_device_capability() != (9, 0):
+    if kernel in ("tiles", "wgmma", "prefill") and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("this GPU has no wgmma")
     monkeypatch.setenv("PVQ_CUDA_KERNEL", kernel)
     wrong = []
     for columns, rows in ((72, 1), (136, 65), (1536, 192), (4096, 1100)):
         layer = kit.build_layer([(name, rows)], columns, mode)
         for tokens in (
-            (1, 2, 4, 5, 8) if kernel == "few" else (1, 7, 8, 9, 16, 31, 32, 63, 64, 127, 128, 129, 513)
+            (1, 2, 4, 5, 8, 12, 16)
+            if kernel == "few"
+            else (2, 9, 15, 16, 17, 24, 31, 32)
+            if kernel == "tiles"
+            else (1, 7, 8, 9, 16, 31, 32, 63, 64, 127, 128, 129, 513)
         ):
             x = kit.random_tokens(tokens, columns, torch.bfloat16)
             if difference := kit.describe_difference(*layer.both(x)):
@@ -101,6 +107,16 @@ def test_more_tiles_than_multiprocessors(kit, monkeypatch, kernel, dtype):
         layer = kit.build_layer([(name, 4500)], columns, mode)
         x = kit.random_tokens(tokens, columns, dtype)
         assert kit.describe_difference(*layer.both(x, torch.randn(4500).to(dtype))) == ""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_more_tiles_than_a_block_takes_at_once(kit, name):
+    """Warps that own tiles go through several rounds."""
+    for columns, rows in ((256, 40000), (384, 33800)):
+        layer = kit.build_layer([(name, rows)], columns, "a8", 0)
+        for tokens in (24, 40, 64):
+            x = kit.random_tokens(tokens, columns, torch.bfloat16)
+            assert kit.describe_difference(*layer.both(x)) == ""
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 20, 100])
@@ -248,5 +264,5 @@ def test_wrong_arguments_are_named(kit, monkeypatch):
     with pytest.raises(PVQError, match="packed for the CPU"):
         ops.linear(x, moved, None, 48, layer.plan)
     monkeypatch.setenv("PVQ_CUDA_KERNEL", "fast")
-    with pytest.raises(PVQError, match="use auto, few, mma, wgmma or prefill"):
+    with pytest.raises(PVQError, match="use auto, few, tiles, mma, wgmma or prefill"):
         ops.linear(x, layer.on_gpu, None, 48, layer.plan)
