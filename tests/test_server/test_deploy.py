@@ -76,6 +76,21 @@ def test_each_query_of_the_dashboard_asks_for_a_metric_of_the_server(labels):
     assert re.fullmatch(r"label_values\((\w+), instance\)", variable["definition"])[1] in labels
 
 
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_a_running_server_has_each_metric_that_is_asked_for(served):
+    """The recording is not out of date."""
+    assert served.get("/v1/models", "wrong")[0] == 401  # a reason appears in /metrics once it has occurred
+    assert served.get("/v1/models", served.key)[0] == 200
+    running = set(re.findall(r"^([\w:]+)", served.get("/metrics")[1], flags=re.MULTILINE))
+    asked = {
+        name
+        for file in ("grafana.json", "alerts.yml")
+        for name, _ in SELECTOR.findall((DEPLOY / file).read_text(encoding="utf-8"))
+    } - OF_PROMETHEUS
+    assert len(asked) > 15 and asked <= running
+
+
 def test_the_panels_of_the_dashboard_do_not_overlap():
     panels = json.loads((DEPLOY / "grafana.json").read_text(encoding="utf-8"))["panels"]
     cells = [

@@ -344,6 +344,29 @@ def test_no_animation_where_motion_is_unwanted(open_page, backend):
     )
 
 
+@pytest.mark.vllm
+def test_a_real_server(browser, served):
+    """From the key to the first streamed token, against vLLM with a tiny model."""
+    context = browser.new_context()
+    try:
+        page = context.new_page()
+        page.goto(served.url)
+        page.get_by_label("Key", exact=True).fill(served.key, timeout=LATER_MS)
+        page.keyboard.press("Enter")
+        shows(page, "#name", "tiny")
+        expect(page.locator("#facts")).to_contain_text("LlamaForCausalLM")
+        page.get_by_label("Tokens at most").fill("5")
+        page.get_by_role("button", name="Send").click()
+        expect(page.locator("#outcome")).to_have_text(re.compile(r"^[1-5] tokens? in "), timeout=60_000)
+        shows(page, "#ttft small", "last minute")
+        for row in ("ttft", "per-token", "queue"):
+            assert all(re.fullmatch(r"[<>]? ?[\d.]+ m?s", cell) for cell in cells(page, row)), row
+        figures = page.locator("#generated, .figures dd").all_text_contents()
+        assert sum(figure == "–" for figure in figures) <= 1, figures  # the cache's share before any prompt
+    finally:
+        context.close()
+
+
 def test_screenshots(page, backend):
     """Light and dark, wide and narrow: nothing scrolls sideways, not even at 320 pixels (WCAG 1.4.10)."""
     mover = threading.Thread(target=page_backend.move, args=(backend, 6), daemon=True)
