@@ -5,7 +5,7 @@
 
 Every contender is timed in the same way: a CUDA graph of calls that cycle through so many copies of the weight that none is
 left in the L2 cache, the graphs of all contenders replayed in turn, the median of the replays. All get the same fp16
-activations; PVQ rotates over the whole width and quantizes them, fp8 quantizes them per token, within the measured time.
+activations; PVQ rotates and quantizes them (--rotations), fp8 quantizes them per token, within the measured time.
 int_mm is torch._int_mm alone, without quantization and scales, and so no layer: it is left out of "best". Ratios are the
 contender's time over ours. TB/s counts the packed weight; "of copy" is its share of a measured device-to-device copy, read and
 write counted. Weights are random: Gaussian for the codes, arbitrary bits for int4, whose speed does not depend on them.
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.metadata
+import itertools
 import json
 import math
 import signal
@@ -150,6 +151,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--codebooks", default="pvq4,pvq3", help="pvq4, pvq3, pvq2, int8 (default: %(default)s)"
     )
     parser.add_argument("--activations", default="a8", help="a8, a16 or both (default: %(default)s)")
+    parser.add_argument(
+        "--rotations",
+        default="online,residual",
+        help="online: of every input; residual: only of the MLPs' inner activations (default: %(default)s)",
+    )
     parser.add_argument("--without", default="", help="contenders to leave out: " + ", ".join(OTHERS))
     parser.add_argument("--replays", type=int, default=21, help="of each graph (default: %(default)s)")
     parser.add_argument(
@@ -166,20 +172,22 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if any(len(shape) != 2 for shape in options.shapes):
         parser.error("--shapes: each is out_features x in_features, such as 4096x14336")
     options.codebooks, options.activations = options.codebooks.split(","), options.activations.split(",")
+    options.rotations = options.rotations.split(",")
     options.without = set(filter(None, options.without.split(",")))
     return options
 
 
 def make_contenders(
     options: argparse.Namespace, shape: tuple[int, int], notes: set[str]
-) -> tuple[dict[str, Contender], dict[str, tuple[str, str, Layer]]]:
-    """The contenders of a shape, ours first, and our layers with codebook and activation."""
+) -> tuple[dict[str, Contender], dict[str, Layer]]:
+    """The contenders of a shape, ours first, and our layers by name."""
     contenders, layers = {}, {}
-    for codebook in options.codebooks:
-        for activation in options.activations:
-            layer = make_layer(codebook, activation, *shape)
-            layers[f"{codebook} {activation}"] = (codebook, activation, layer)
-            contenders[f"{codebook} {activation}"] = make_ours(layer, shape[0])
+    for rotation, codebook, activation in itertools.product(
+        options.rotations, options.codebooks, options.activations
+    ):
+        name = f"{codebook} {activation}" + (" residual" if rotation == "residual" else "")
+        layers[name] = make_layer(codebook, activation, rotation, *shape)
+        contenders[name] = make_ours(layers[name], shape[0])
     for other in OTHERS:
         if other not in options.without:
             try:
@@ -189,10 +197,10 @@ def make_contenders(
     return contenders, layers
 
 
-def check(layers: dict[str, tuple[str, str, Layer]], shape: tuple[int, int], tokens: list[int]) -> bool:
+def check(layers: dict[str, Layer], shape: tuple[int, int], tokens: list[int]) -> bool:
     """Print the relative errors of every token count and return whether all are within the limit."""
     good = True
-    for name, (codebook, activation, layer) in layers.items():
+    for name, layer in layers.items():
         errors = []
         for count in tokens:
             x = torch.randn(count, shape[1], device="cuda").half()
@@ -200,8 +208,8 @@ def check(layers: dict[str, tuple[str, str, Layer]], shape: tuple[int, int], tok
             y = torch.ops.pvq.linear(
                 x, packed.weight, packed.row_scale, packed.row_sum, None, shape[0], layer.plan
             )
-            errors.append(relative_error(layer, codebook, x, y))
-        right = all(error <= CHECK_LIMIT[activation] for error in errors)  # false for a NaN
+            errors.append(relative_error(layer, x, y))
+        right = all(error <= CHECK_LIMIT[layer.activation] for error in errors)  # false for a NaN
         good &= right
         listed = " ".join(f"{count}:{error:.1e}" for count, error in zip(tokens, errors, strict=True))
         print(f"check {shape[0]}x{shape[1]} {name}: {'right' if right else 'WRONG'}, {listed}", flush=True)

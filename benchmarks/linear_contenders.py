@@ -54,6 +54,9 @@ def code_table(codebook: str) -> torch.Tensor:
 class Layer(NamedTuple):
     """A packed layer, and a few of its rows as the checkpoint has them, for the check."""
 
+    codebook: str
+    activation: str
+    rotation: Rotation | None
     packed: ops.PackedLinear
     plan: str
     rows: torch.Tensor
@@ -61,8 +64,17 @@ class Layer(NamedTuple):
     row_scale: torch.Tensor
 
 
-def make_layer(codebook: str, activation: str, out_features: int, in_features: int) -> Layer:
-    blocks, factors = rotation_layout(in_features)
+def rotation_of(rotation: str, out_features: int, in_features: int) -> tuple[int, tuple[int, ...]]:
+    """Blocks and factors: "online" rotates every input, "residual" only what cannot be folded into weights, the inner
+    activation of an MLP, whose layer has more columns than rows.
+    """
+    if rotation == "residual" and in_features <= out_features:
+        return 0, ()
+    return rotation_layout(in_features)
+
+
+def make_layer(codebook: str, activation: str, rotation: str, out_features: int, in_features: int) -> Layer:
+    blocks, factors = rotation_of(rotation, out_features, in_features)
     plan = ops.make_plan(
         [(codebook, out_features)],
         in_features,
@@ -81,7 +93,8 @@ def make_layer(codebook: str, activation: str, out_features: int, in_features: i
     rows = torch.randint(out_features, (CHECK_ROWS,), device=table.device)
     rows[0], rows[1] = 0, out_features - 1
     packed = ops.pack_linear([codes], scale, plan)
-    return Layer(packed, plan, rows, codes[rows].cpu(), scale[rows].cpu())
+    online = Rotation(0, in_features, blocks, factors) if blocks else None
+    return Layer(codebook, activation, online, packed, plan, rows, codes[rows].cpu(), scale[rows].cpu())
 
 
 def make_ours(layer: Layer, out_features: int) -> Contender:
@@ -93,18 +106,16 @@ def make_ours(layer: Layer, out_features: int) -> Contender:
     return contender(layer.packed.weight.numel(), make_call)
 
 
-def relative_error(layer: Layer, codebook: str, x: torch.Tensor, y: torch.Tensor) -> float:
+def relative_error(layer: Layer, x: torch.Tensor, y: torch.Tensor) -> float:
     """Of some rows and tokens, against float64 arithmetic on the CPU that rotates but does not quantize x."""
     chosen = torch.unique(torch.linspace(0, len(x) - 1, min(len(x), CHECK_TOKENS)).round().long())
     chosen_x, chosen_y = (
         x[chosen.to(x.device)].cpu().double(),
         y[chosen.to(y.device)][:, layer.rows].cpu().double(),
     )
-    in_features = x.shape[1]
-    blocks, factors = rotation_layout(in_features)
-    q = ops.decode_codes(layer.row_codes, codebook).double()
-    weight = (q + Codebook(codebook).h / 2) * layer.row_scale.double()[:, None]
-    reference = Rotation(0, in_features, blocks, factors).rotate(chosen_x) @ weight.T
+    q = ops.decode_codes(layer.row_codes, layer.codebook).double()
+    weight = (q + Codebook(layer.codebook).h / 2) * layer.row_scale.double()[:, None]
+    reference = (layer.rotation.rotate(chosen_x) if layer.rotation else chosen_x) @ weight.T
     return float((chosen_y - reference).norm() / reference.norm())
 
 
