@@ -2,6 +2,7 @@
 """Signal-to-noise ratio of the codebooks on i.i.d. Gaussian weights, in dB, amplitude included in the bits.
 
     python benchmarks/snr.py [--rows 512] [--columns 4096]
+    python benchmarks/snr.py --amplitudes      canonical codebook: Beta quantiles against Lloyd's levels
 
 The rate-distortion bound is 6.02 dB a bit; Lloyd-Max is the best scalar quantizer (closed-form constants below).
 """
@@ -34,6 +35,7 @@ REFERENCE = {
 }
 TOLERANCE_DB = 0.1
 CANONICAL = [(16, 12, 2), (16, 27, 4), (16, 58, 6), (128, 84, 4), (128, 187, 4), (128, 386, 4)]
+AMPLITUDES = [(16, 58, 4), (16, 58, 6), (128, 386, 4), (128, 386, 6)]
 
 
 def decibels(weight: torch.Tensor, decoded: torch.Tensor) -> float:
@@ -76,14 +78,43 @@ def reference_table(weight: torch.Tensor) -> Table:
     return table
 
 
+def canonical_decibels(
+    weight: torch.Tensor, sizes: tuple[int, int, int], amplitude: str
+) -> tuple[float, float]:
+    """Return (bits a weight, SNR in dB) of the canonical codebook with D, K, b = ``sizes``."""
+    packed, levels, scale = canonical_ops.encode_canonical(weight, *sizes, amplitude)
+    q = canonical_ops.decode_canonical(packed, levels, *sizes, weight.shape[1])
+    bits = (8 * packed.shape[1] + 16) / weight.shape[1]
+    return bits, decibels(weight, q * scale.float()[:, None])
+
+
+def amplitude_table(weight: torch.Tensor) -> Table:
+    """Compare the two ways to place the levels of the amplitude."""
+    table = Table(
+        title=f"Canonical codebook, Gaussian weights, {weight.shape[0]} x {weight.shape[1]}, seed 0"
+    )
+    for column in ("D", "K", "b", "bits a weight", "Beta quantiles, dB", "Lloyd-Max, dB", "difference"):
+        table.add_column(column, justify="right")
+    for sizes in AMPLITUDES:
+        bits, beta = canonical_decibels(weight, sizes, "beta")
+        _, lloyd = canonical_decibels(weight, sizes, "lloyd_max")
+        numbers = (f"{bits:.3f}", f"{beta:.2f}", f"{lloyd:.2f}", f"{lloyd - beta:.2f}")
+        table.add_row(*map(str, sizes), *numbers)
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--columns", type=int, default=4096)
+    parser.add_argument("--amplitudes", action="store_true", help="only compare amplitude levels")
     arguments = parser.parse_args()
     weight = torch.randn(arguments.rows, arguments.columns, generator=torch.Generator().manual_seed(0))
+    if arguments.amplitudes:
+        Console(width=110).print(amplitude_table(weight[:64]))
+        return
     table = Table(title=f"Gaussian weights, {arguments.rows} x {arguments.columns}, seed 0")
     for column in ("quantizer", "bits a weight", "dB", "bound", "below bound", "target"):
         table.add_column(column, justify="left" if column == "quantizer" else "right")
@@ -99,14 +130,8 @@ def main() -> None:
         value = decibels(weight, (q + 0.5) * scale[:, None])
         row(name, book.bytes_per_group + 16 / arguments.columns, value, TARGETS[name])
     for group_size, num_pulses, amplitude_bits in CANONICAL:
-        packed, levels, scale = canonical_ops.encode_canonical(
-            weight[:64], group_size, num_pulses, amplitude_bits
-        )
-        q = canonical_ops.decode_canonical(
-            packed, levels, group_size, num_pulses, amplitude_bits, arguments.columns
-        )
-        bits = 8 * packed.shape[1] / arguments.columns + 16 / arguments.columns
-        value = decibels(weight[:64], q * scale.float()[:, None])
+        sizes = group_size, num_pulses, amplitude_bits
+        bits, value = canonical_decibels(weight[:64], sizes, "lloyd_max")
         row(f"canonical D={group_size} K={num_pulses} b={amplitude_bits}", bits, value)
     for bits in (2, 3, 4):
         table.add_row(f"Lloyd-Max, {bits} bits (theory)", f"{bits:.3f}", f"{LLOYD_MAX[bits]:.2f}", "", "", "")
