@@ -39,6 +39,7 @@ def model_card(base: Path, report: dict) -> str:
             "Size",
             f"{report['size_bytes_quantized'] / 1e6:,.1f} MB, the base {ratio:.2f} times as much",
         ),
+        ("Rotation", report["rotation"]),
         ("Activations", report["activation"]),
         ("Calibration", calibration),
     ]

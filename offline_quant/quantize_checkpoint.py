@@ -9,6 +9,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -61,7 +62,8 @@ def quantize_checkpoint(
     out = Path(out)
     if not resume:
         check_destination(out, overwrite)
-    source = rotated_source(ModelSource.open(model), settings.rotation, settings.seed)
+    source, rotation = rotated_source(ModelSource.open(model), settings.rotation, settings.seed)
+    settings = replace(settings, rotation=rotation)
     if settings.calibration == SELF and not resume:
         check_memory(source, settings.device)
     config = plan_checkpoint(source, settings)

@@ -50,6 +50,7 @@ def make_report(
         else str(config.codebook),
         "target_bpw": settings.target_bpw,
         "predicted_kl_divergence": predicted_kl,
+        "rotation": settings.rotation,
         "activation": settings.activation,
         "calibration_tokens": settings.calibration_sequences * settings.calibration_length
         if settings.calibration is not None

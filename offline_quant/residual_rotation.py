@@ -99,6 +99,7 @@ class FoldedSource(ModelSource):
 
     folds: dict[str, Fold] = field(default_factory=dict)
     norm_offset: float = 0.0  # the norms' gain is weight + offset (Gemma's is 1)
+    device: str = "cpu"  # where ``read`` folds a tensor and leaves it
 
     @classmethod
     def of(
@@ -149,12 +150,12 @@ class FoldedSource(ModelSource):
         if fold is None:
             return tensor
         if fold.is_norm:
-            return torch.full(tensor.shape, 1.0 - self.norm_offset)
-        folded = tensor.float()
+            return torch.full(tensor.shape, 1.0 - self.norm_offset, device=self.device)
+        folded = tensor.to(self.device, torch.float32)
         if folded is tensor:
             folded = tensor.clone()
         if fold.gain is not None:
-            folded *= super().read(fold.gain).float() + self.norm_offset
+            folded *= super().read(fold.gain).to(self.device, torch.float32) + self.norm_offset
         if fold.columns is not None:
             for part in _row_chunks(folded):
                 part.copy_(fold.columns(part))
@@ -165,21 +166,22 @@ class FoldedSource(ModelSource):
         return folded
 
 
-def rotated_source(source: ModelSource, rotation: str, seed: int) -> ModelSource:
-    """Return the model in the coordinates in which ``plan.Settings.rotation`` wants it quantized: folded for
-    "residual", and for "auto" if that is possible; otherwise ``source`` itself.
+def rotated_source(source: ModelSource, rotation: str, seed: int) -> tuple[ModelSource, str]:
+    """Return the model in the coordinates in which ``plan.Settings.rotation`` wants it quantized, and that
+    rotation: folded for 'residual', and for 'auto' if that is possible (else it becomes 'online'); otherwise
+    ``source`` itself.
 
     Raises:
-        CannotFold: see ``FoldedSource.of``; not for "auto".
+        CannotFold: see ``FoldedSource.of``; not for 'auto'.
     """
     if rotation not in ("auto", "residual"):
-        return source
+        return source, rotation
     try:
-        return FoldedSource.of(source, hadamard_rotation, seed, rotate_heads=True)
+        return FoldedSource.of(source, hadamard_rotation, seed, rotate_heads=True), "residual"
     except CannotFold:
         if rotation == "residual":
             raise
-        return source
+        return source, "online"
 
 
 def _row_chunks(matrix: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -49,7 +49,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     ],
 )
 def test_what_is_rotated_at_run_time(tiny_llama, tmp_path, rotation, others, down, factors):
-    quantize(tiny_llama, tmp_path / "out", Settings(rotation=rotation))
+    report = quantize(tiny_llama, tmp_path / "out", Settings(rotation=rotation))
+    assert report["rotation"] == {"auto": "residual"}.get(rotation, rotation)
+    assert f"--rotation {report['rotation']} " in report["command"]
     blocks = blocks_of(tmp_path / "out")
     assert {blocks[name] for name in ONLINE_OR_NOT} == {others} and blocks["down_proj"] == down
     assert check_checkpoint(tmp_path / "out")[0].rotation_factors == factors
@@ -176,7 +178,7 @@ def test_auto_is_online_where_the_stream_cannot_be_rotated(tmp_path):
     config = Starcoder2Config(**sizes, num_attention_heads=4, num_key_value_heads=2)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
     source = ModelSource.open(tmp_path / "base")
-    assert rotated_source(source, "auto", 0) is source
+    assert rotated_source(source, "auto", 0) == (source, "online")
     with pytest.raises(CannotFold, match="use --rotation online"):
         quantize(tmp_path / "base", tmp_path / "out", Settings(rotation="residual"))
     assert {path.name for path in tmp_path.iterdir()} == {"base"}
