@@ -18,7 +18,7 @@
 #define PVQ_SEARCH_FUNCTION __host__ __device__ __forceinline__
 #define PVQ_SEARCH_UNROLL _Pragma("unroll")
 #else
-#define PVQ_SEARCH_FUNCTION inline
+#define PVQ_SEARCH_FUNCTION static inline  // each instruction set has its own copy, which the linker must not mix up
 #ifdef __AVX512F__
 #define PVQ_SEARCH_UNROLL _Pragma("GCC unroll 8")
 #else  // too few registers for it to gain anything, and it would take minutes to compile

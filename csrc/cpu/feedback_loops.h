@@ -53,6 +53,8 @@ inline void search_group(const Search& s, const metric::Metric& metric, const Fl
   return s.refinement_bits == 1 ? search_codebook<1>(s, metric, target, best) : search_codebook<0>(s, metric, target, best);
 }
 
+inline int code_bytes(const Search& s) { return s.book == nullptr ? kGroupSize : s.book->bytes_per_group; }
+
 inline void write_found(const Search& s, const Found& found, int lane, std::uint8_t* code, std::int8_t* q) {
   if (s.book == nullptr) {
     for (int i = 0; i < kGroupSize; ++i) code[i] = static_cast<std::uint8_t>(q[i] = static_cast<std::int8_t>(found.x[i][lane]));
@@ -74,7 +76,7 @@ inline void write_found(const Search& s, const Found& found, int lane, std::uint
 void feedback_range(const Search& s, const EncodeArgs& p, const float* factor, const float* metrics, float* error,
                     std::int64_t begin, std::int64_t end, void* columns) {
   Floats* w = static_cast<Floats*>(columns);
-  const std::int64_t n = p.columns, groups = n / kGroupSize, bytes = bytes_per_group(p.codebook);
+  const std::int64_t n = p.columns, groups = n / kGroupSize, bytes = code_bytes(s);
   for (std::int64_t row = begin; row < end; row += kEncodeLanes) {
     const int rows = lanes_from(row, end);
     const Floats scale = gather_scales(p.row_scale, row, rows);
@@ -110,7 +112,7 @@ void descent_range(const Search& s, const EncodeArgs& p, const float* gradient, 
                    std::int64_t begin, std::int64_t end, void* columns) {
   const float half = s.book == nullptr ? 0.0f : 0.5f;
   Floats* grad = static_cast<Floats*>(columns);
-  const std::int64_t n = p.columns, groups = n / kGroupSize, bytes = bytes_per_group(p.codebook);
+  const std::int64_t n = p.columns, groups = n / kGroupSize, bytes = code_bytes(s);
   for (std::int64_t row = begin; row < end; row += kEncodeLanes) {
     const int rows = lanes_from(row, end);
     const Floats scale = gather_scales(p.row_scale, row, rows);
