@@ -302,9 +302,11 @@ def compare_command(
     with _one_sentence():
         read_a, read_b = results.read(a), results.read(b)
         comparisons, warnings = compare.compare_folders(read_a, read_b)
-        _console().print(
-            compare.table(comparisons, read_a[0]["axis"], f"B / A: {escape(str(b))} / {escape(str(a))}")
-        )
+        if comparisons:
+            title = f"B / A: {escape(str(b))} / {escape(str(a))}"
+            _console().print(compare.table(comparisons, read_a[0]["axis"], title))
+        for sentence in compare.compare_rates(read_a[0], read_b[0]):
+            print(sentence)
         for text in warnings:
             print(f"pvq: {text}", file=sys.stderr)
         if json_path is not None:

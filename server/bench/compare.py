@@ -14,10 +14,12 @@ from rich.table import Table
 from server.bench.client import Record
 from server.bench.intervals import CONFIDENCE, METRICS, Metric, Ratio, ratio, values
 from server.bench.results import Rounds
+from server.bench.search import PRECISION
 from server.bench.workload import load_label
 from server.errors import ServerError
 
 WORKLOAD = (
+    "objective",
     "axis",
     "input_tokens",
     "output_tokens",
@@ -64,22 +66,22 @@ def compare_targets(rounds: Rounds) -> list[Comparison]:
     ]
 
 
+def _pairs(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return which target of ``a`` belongs to which of ``b``: by label where they share one, else in order."""
+    labels_a, labels_b = ([target["label"] for target in content["targets"]] for content in (a, b))
+    shared = [(label, label) for label in labels_a if label in labels_b]
+    return shared or list(zip(labels_a, labels_b, strict=False))
+
+
 def compare_folders(
     a: tuple[dict[str, Any], Rounds], b: tuple[dict[str, Any], Rounds]
 ) -> tuple[list[Comparison], list[str]]:
     """Return the ratios of two results folders, and what speaks against comparing them.
 
-    Targets are matched by label where the folders share one, else in their order.
-
     Raises:
-        ServerError: they have no load in common.
+        ServerError: they have no load in common, and are not both of a search.
     """
     (content_a, rounds_a), (content_b, rounds_b) = a, b
-    labels_a, labels_b = (
-        [target["label"] for target in content["targets"]] for content in (content_a, content_b)
-    )
-    shared = [label for label in labels_a if label in labels_b]
-    pairs = [(label, label) for label in shared] or list(zip(labels_a, labels_b, strict=False))
     different = [
         f"{name}: {content_a['settings'].get(name)} and {content_b['settings'].get(name)}"
         for name in WORKLOAD
@@ -87,13 +89,29 @@ def compare_folders(
     ]
     found = [
         Comparison(one, other, load, compare_rounds(records, rounds_b[other, load], paired=False))
-        for one, other in pairs
+        for one, other in _pairs(content_a, content_b)
         for (label, load), records in rounds_a.items()
         if label == one and (other, load) in rounds_b
     ]
-    if content_a["axis"] != content_b["axis"] or not found:
+    searches = content_a["highest_rates"] and content_b["highest_rates"]
+    if content_a["axis"] != content_b["axis"] or not (found or searches):
         raise ServerError("the two results have no load in common: measure both with the same loads")
     return found, [f"the workloads differ in {text}" for text in different]
+
+
+def compare_rates(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """Return a sentence on the highest rates of each pair of targets that both searches have."""
+    rates_a, rates_b = ({one["label"]: one["rate"] for one in content["highest_rates"]} for content in (a, b))
+    sentences = []
+    for one, other in _pairs(a, b):
+        rate_a, rate_b = rates_a.get(one), rates_b.get(other)
+        if rate_a and rate_b:
+            name = one if one == other else f"{other} / {one}"
+            sentences.append(
+                f"{name}: highest rate {rate_a:.3g} and {rate_b:.3g} requests/s, B / A {rate_b / rate_a:.2f} "
+                f"(each to within {PRECISION - 1:.0%})"
+            )
+    return sentences
 
 
 def verdict(metric: Metric, found: Ratio | None) -> str:

@@ -136,8 +136,12 @@ def _flat(point: dict[str, Any]) -> dict[str, Any]:
             row |= {f"{name}_{key}": number for key, number in value.items()}
         else:
             row[name] = value
-    row["load"] = load_label(point["load"])
+    row["load"] = _exact(point["load"])
     return row
+
+
+def _exact(load: float | None) -> float | str:
+    return "inf" if load is None else load
 
 
 def _request_row(label: str, load: float | None, number: int, record: Record) -> dict[str, Any]:
@@ -149,7 +153,7 @@ def _request_row(label: str, load: float | None, number: int, record: Record) ->
         "e2el_ms": e2el_ms(record) if done else None,
         "chunks": len(record.chunk_s),
     }
-    row = {"label": label, "load": load_label(load), "round": number, **fields, **times}
+    row = {"label": label, "load": _exact(load), "round": number, **fields, **times}
     return {name: round(value, _DIGITS) if isinstance(value, float) else value for name, value in row.items()}
 
 

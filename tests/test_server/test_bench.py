@@ -191,6 +191,17 @@ def test_find_rate_reports_the_rates_it_tried(urls, tmp_path, capsys):
     assert "no rate was carried" in (tmp_path / "report.html").read_text()
 
 
+def test_compare_of_two_searches_gives_the_ratio_of_their_rates(folder, tmp_path, capsys):
+    for name, rate in (("a", 4.0), ("b", 6.0)):
+        (tmp_path / name).mkdir()
+        content = json.loads((folder / "load.json").read_text())
+        content["highest_rates"] = [{"label": "old", "rate": rate, "failed_rate": 9, "outcome": "found"}]
+        (tmp_path / name / "load.json").write_text(json.dumps(content))
+        (tmp_path / name / "requests.jsonl").touch()
+    assert cli.main(["bench", "compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert "old: highest rate 4 and 6 requests/s, B / A 1.50" in capsys.readouterr().out
+
+
 def test_the_bar_is_for_terminals_only(urls, tmp_path, capsys, monkeypatch):
     command = ["bench", "--url", urls[1], "--concurrency", "1", "--requests", "2", "--output-tokens", "2"]
     assert cli.main([*command, "--out", str(tmp_path / "out")]) == 0
