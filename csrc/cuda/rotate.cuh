@@ -43,21 +43,68 @@ __device__ __forceinline__ float flip_sign(float value, std::uint32_t bit_in_fro
   return __uint_as_float(__float_as_uint(value) ^ (bit_in_front & 0x80000000u));
 }
 
-// s x to the buffer, and the butterflies of strides 1, 2, 4 if `with_butterflies`.
+// s x to the buffer.
 template <DType kType>
 __device__ __forceinline__ void load_token(const Group& group, const Element<kType>* x, int n, const std::uint32_t* signs,
-                                           bool with_butterflies, float* y) {
+                                           float* y) {
 #pragma unroll 1
   for (int j = group.thread; j < n / 8; j += group.size) {
     const std::uint32_t bits = signs != nullptr ? __ldg(signs + j / 4) >> (8 * (j & 3)) : 0;
     float v[8];
     widen_eight<kType>(x + 8 * j, v);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) v[i] = flip_sign(v[i], bits << (31 - i));
-    if (with_butterflies) butterflies(v);
     float* to = y + float_slot(8 * j);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) to[i] = v[i];
+    for (int i = 0; i < 8; ++i) to[i] = flip_sign(v[i], bits << (31 - i));
+  }
+}
+
+// Where warp_butterflies reads sixteen columns: s x, or the buffer itself.
+template <DType kType>
+struct SignedInput {
+  const Element<kType>* x;
+  const std::uint32_t* signs;
+  __device__ __forceinline__ void operator()(int first, float (&v)[16]) const {
+    const std::uint32_t bits = __ldg(signs + first / 32) >> (first & 16);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float part[8];
+      widen_eight<kType>(x + first + 8 * half, part);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) v[8 * half + i] = flip_sign(part[i], bits << (31 - 8 * half - i));
+    }
+  }
+};
+struct Buffered {
+  const float* y;
+  __device__ __forceinline__ void operator()(int first, float (&v)[16]) const {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) v[i] = y[float_slot(first) + i];
+  }
+};
+
+constexpr int kWarpWidth = 512;  // columns of a warp: sixteen a lane
+
+// The butterflies of the strides 1, 2, ... of a power of two `order` >= 16, below kWarpWidth, to the buffer: a warp exchanges
+// between its lanes what is further apart than a lane's columns.
+template <typename Input>
+__device__ __forceinline__ void warp_butterflies(const Group& group, const Input& input, float* y, int n, int order) {
+  const int lane = group.thread & 31, lanes = min(order, kWarpWidth) / 16;
+#pragma unroll 1
+  for (int base = (group.thread >> 5) * kWarpWidth; base < n; base += group.size * 16) {
+    const int first = base + 16 * lane;
+    float v[16] = {};
+    if (first < n) input(first, v);
+    butterflies(v);
+#pragma unroll 1
+    for (int mask = 1; mask < lanes; mask *= 2) {
+      const float sign = (lane & mask) != 0 ? -1.0f : 1.0f;  // times +-1 is exact, so each step is rounded once
+#pragma unroll
+      for (int i = 0; i < 16; ++i) v[i] = __fmaf_rn(v[i], sign, __shfl_xor_sync(0xffffffffu, v[i], mask));
+    }
+    if (first < n) {
+#pragma unroll
+      for (int i = 0; i < 16; ++i) y[float_slot(first) + i] = v[i];
+    }
   }
 }
 
@@ -135,7 +182,7 @@ __device__ __forceinline__ void dense_factor(const Group& group, float* y, int n
   }
 }
 
-// The butterflies of a power of two `order`, from `stride` on.
+// The butterflies of a power of two `order`, from `stride` on. Before: synchronized; after: synchronized.
 __device__ __forceinline__ void power_passes(const Group& group, float* y, int n, int stride, int order) {
 #pragma unroll 1
   for (; stride * 8 <= order; stride *= 8) {
@@ -147,6 +194,14 @@ __device__ __forceinline__ void power_passes(const Group& group, float* y, int n
   if (stride < order) group.sync();
 }
 
+// All butterflies of a power of two `order`, from `input` to the buffer. Before and after: synchronized.
+template <typename Input>
+__device__ __forceinline__ void transform_power(const Group& group, const Input& input, float* y, int n, int order) {
+  warp_butterflies(group, input, y, n, order);
+  group.sync();
+  power_passes(group, y, n, kWarpWidth, order);
+}
+
 // Load and rotate the token at `x`; `y` is written and synchronized afterwards. kMaxDense: the largest dense order (28 or 76),
 // which sets the registers a thread needs; 0 where there is no rotation.
 template <DType kType, int kMaxDense>
@@ -156,8 +211,12 @@ __device__ __forceinline__ void rotate_token(const Group& group, const void* x, 
   const Rotation& rotation = tokens.rotation;
   const int num_factors = kMaxDense == 0 ? 0 : rotation.num_factors,
             last = num_factors > 0 ? rotation.factors[num_factors - 1] : 1;
-  const bool power = (last & (last - 1)) == 0, at_load = num_factors == 1 && power && last >= 8;
-  load_token<kType>(group, static_cast<const Element<kType>*>(x), n, num_factors > 0 ? rotation.signs : nullptr, at_load, y);
+  const Element<kType>* elements = static_cast<const Element<kType>*>(x);
+  const bool power = (last & (last - 1)) == 0, by_warps = power && last >= 16;
+  if constexpr (kMaxDense > 0) {
+    if (num_factors == 1 && by_warps) return transform_power(group, SignedInput<kType>{elements, rotation.signs}, y, n, last);
+  }
+  load_token<kType>(group, elements, n, num_factors > 0 ? rotation.signs : nullptr, y);
   group.sync();
   if constexpr (kMaxDense > 0) {
     int run = static_cast<int>(rotation.block_width);
@@ -167,7 +226,10 @@ __device__ __forceinline__ void rotate_token(const Group& group, const void* x, 
       dense_factor<kMaxDense>(group, y, n, run, rotation.factors[f], coefficients);
       group.sync();
     }
-    if (power) power_passes(group, y, n, at_load ? 8 : 1, last);
+    if (by_warps)
+      transform_power(group, Buffered{y}, y, n, last);
+    else if (power)
+      power_passes(group, y, n, 1, last);
   }
 }
 

@@ -46,9 +46,8 @@ __global__ void PVQ_CLUSTER(kClusterSize) __launch_bounds__(kThreads, 2)
   if constexpr (kOrder == 1) {
     const int quarter = n / kClusterSize, part = quarter / kClusterSize;
     wait_for_dependencies();
-    load_token<kType>(group, x + rank * quarter, quarter, p.tokens.rotation.signs + rank * quarter / 32, true, y);
-    group.sync();
-    power_passes(group, y, quarter, 8, quarter);
+    const SignedInput<kType> input{x + rank * quarter, p.tokens.rotation.signs + rank * quarter / 32};
+    transform_power(group, input, y, quarter, quarter);
     cluster.sync();
     const float* quarters[kClusterSize];
 #pragma unroll
@@ -70,7 +69,7 @@ __global__ void PVQ_CLUSTER(kClusterSize) __launch_bounds__(kThreads, 2)
     group.sync();
     wait_for_dependencies();
     float* token_floats = y + float_slot(n / kClusterSize);
-    load_token<kType>(group, x, n, p.tokens.rotation.signs, false, token_floats);
+    load_token<kType>(group, x, n, p.tokens.rotation.signs, token_floats);
     group.sync();
 #pragma unroll 1
     for (int j = threadIdx.x; j < run; j += kThreads) {
@@ -84,7 +83,7 @@ __global__ void PVQ_CLUSTER(kClusterSize) __launch_bounds__(kThreads, 2)
       for (int r = 0; r < kRows; ++r) to[r * stride] = dense_row<kOrder>(coefficients + r * kOrder, in);
     }
     group.sync();
-    power_passes(group, y, n / kClusterSize, 1, run);
+    transform_power(group, Buffered{y}, y, n / kClusterSize, run);
     // The memory of another block may be written to only once that block runs.
     asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
   }
