@@ -114,7 +114,8 @@ def test_descent_is_the_cpus(name, case):
     weight, scale = cases(name)[case]
     _, hessian, metrics = metric_arguments(weight.shape[1])
     codes, q = ops.quantize_rows(weight, name, scale)
-    gradient = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)) * scale[:, None]
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    gradient = 20 * noise * scale[:, None]  # large enough to move codes of every codebook
     on_gpu = [tensor.cuda() for tensor in (codes, q)]
     others = (hessian, metrics)
     ops.descend_block(
