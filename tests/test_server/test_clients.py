@@ -110,7 +110,7 @@ def test_schemathesis_finds_no_5xx(served, tmp_path):
     command = [client("schemathesis"), "run", f"{served.url}/openapi.json", "--checks", "not_a_server_error"]
     command += ["--header", f"Authorization: Bearer {served.key}", "--max-examples", "40", "--seed", "1"]
     command += ["--phases", "examples,coverage,fuzzing", "--request-timeout", "60", "--continue-on-failure"]
-    command += ["--exclude-path-regex", "elastic|fault"]  # these reshape the engine
+    command += ["--max-time", "240", "--exclude-path-regex", "elastic|fault"]  # these reshape the engine
     text = run(served, *command)
     assert "not_a_server_error" in text or "No issues found" in text
 
