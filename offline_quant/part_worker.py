@@ -135,7 +135,7 @@ class PartWorker:
         part = self.parts[index]
         tensors: dict[str, torch.Tensor] = {}
         for name in part.copied:
-            tensors[name] = self.source.read_stored(name)
+            tensors[name] = self.source.read_stored(name).cpu()
         report: dict = {"modules": {}, "group_power": []}
         if self.settings.calibration is not None and part.layer is not None:
             self._make_layer(part, tensors, report, progress)

@@ -62,7 +62,9 @@ def quantize_checkpoint(
     out = Path(out)
     if not resume:
         check_destination(out, overwrite)
-    source, rotation = rotated_source(ModelSource.open(model), settings.rotation, settings.seed)
+    source, rotation = rotated_source(
+        ModelSource.open(model), settings.rotation, settings.seed, settings.device
+    )
     settings = replace(settings, rotation=rotation)
     if settings.calibration == SELF and not resume:
         check_memory(source, settings.device)

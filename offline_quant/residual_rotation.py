@@ -166,10 +166,12 @@ class FoldedSource(ModelSource):
         return folded
 
 
-def rotated_source(source: ModelSource, rotation: str, seed: int) -> tuple[ModelSource, str]:
+def rotated_source(
+    source: ModelSource, rotation: str, seed: int, device: str = "cpu"
+) -> tuple[ModelSource, str]:
     """Return the model in the coordinates in which ``plan.Settings.rotation`` wants it quantized, and that
-    rotation: folded for 'residual', and for 'auto' if that is possible (else it becomes 'online'); otherwise
-    ``source`` itself.
+    rotation: folded (on ``device``) for 'residual', and for 'auto' if that is possible (else it becomes
+    'online'); otherwise ``source`` itself.
 
     Raises:
         CannotFold: see ``FoldedSource.of``; not for 'auto'.
@@ -177,11 +179,13 @@ def rotated_source(source: ModelSource, rotation: str, seed: int) -> tuple[Model
     if rotation not in ("auto", "residual"):
         return source, rotation
     try:
-        return FoldedSource.of(source, hadamard_rotation, seed, rotate_heads=True), "residual"
+        folded = FoldedSource.of(source, hadamard_rotation, seed, rotate_heads=True)
     except CannotFold:
         if rotation == "residual":
             raise
         return source, "online"
+    folded.device = device
+    return folded, "residual"
 
 
 def _row_chunks(matrix: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -87,8 +87,7 @@ def quantize_weight(
     if codebook.name == "canonical":
         return _quantize_canonical(weight, codebook, rotation, hessian, dequantize, amplitude)
     packed, scales, restored, energy = [], [], [], _Energy()
-    chunk = CHUNK_WEIGHTS_GPU if weight.is_cuda else CHUNK_WEIGHTS
-    for rows in weight.split(max(1, chunk // in_features)):
+    for rows in weight.split(max(1, _chunk_weights(weight.device) // in_features)):
         rotated = rotate_rows(rows.float(), rotation)
         codes, scale, q = _quantize_chunk(rotated, codebook, hessian)
         approximation = (q.float() + codebook.h / 2) * scale[:, None]
@@ -103,6 +102,10 @@ def quantize_weight(
         None if hessian is None else energy.decibel(*energy.sums[2:]),
         torch.cat(restored) if dequantize else None,
     )
+
+
+def _chunk_weights(device: torch.device) -> int:
+    return CHUNK_WEIGHTS_GPU if device.type == "cuda" else CHUNK_WEIGHTS
 
 
 def _quantize_chunk(
@@ -226,7 +229,8 @@ def dequantize_weight(
     """
     chunks = []
     others = {name: tensor for name, tensor in tensors.items() if name == "weight_levels"}
-    step = max(1, CHUNK_WEIGHTS // in_features)
+    # As many rows at a time as when they were quantized: a GPU's sums may depend on it.
+    step = max(1, _chunk_weights(torch.device(device)) // in_features)
     for start in range(0, len(tensors["weight_scale"]), step):
         rows = slice(start, start + step)
         part = {name: tensors[name][rows] for name in ("weight_packed", "weight_scale")}
