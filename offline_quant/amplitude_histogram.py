@@ -49,13 +49,17 @@ def expected_group_power(group_size: int, num_groups: int) -> np.ndarray:
     return probability
 
 
-def measure(weight: torch.Tensor, rotation, group_size: int) -> dict[str, list]:
-    """Return the histograms of some rows of ``weight`` [m, n] as lists of BINS numbers: ``before`` and
-    ``after`` rotation (counts), and what to ``expect`` (counts of Gaussian weights).
+def measure(original: torch.Tensor, weight: torch.Tensor, rotation, group_size: int) -> dict[str, list]:
+    """Return the histograms of some rows of a module as lists of BINS numbers: ``before`` and ``after``
+    rotation (counts), and what to ``expect`` (counts of Gaussian weights).
+
+    Args:
+        original: [m, n], as the model has it.
+        weight: [m, n], what ``rotation`` rotates: ``original``, or that with rotations folded into it.
     """
-    rows = weight[:: max(1, len(weight) // ROWS)]
-    before = group_power(rows, group_size)
-    after = group_power(rotate_rows(rows.float(), rotation), group_size)
+    step = max(1, len(weight) // ROWS)
+    before = group_power(original[::step], group_size)
+    after = group_power(rotate_rows(weight[::step].float(), rotation), group_size)
     expected = expected_group_power(group_size, weight.shape[1] // group_size) * after.sum()
     return {"before": before.tolist(), "after": after.tolist(), "expect": expected.round(2).tolist()}
 

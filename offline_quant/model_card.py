@@ -61,7 +61,7 @@ def model_card(base: Path, report: dict) -> str:
         "Serve it:",
         "",
         "```console",
-        "pip install pvq-vllm[vllm]",
+        "pip install 'pvq-vllm[cuda]'  # without a GPU: [cpu]",
         "vllm serve PATH_OF_THIS_FOLDER",
         "```",
         "",

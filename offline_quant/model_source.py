@@ -190,6 +190,10 @@ class ModelSource:
             )
         return tensor
 
+    def read_original(self, name: str) -> torch.Tensor:
+        """Read a tensor as the model has it, without what a view of the model changes about it."""
+        return ModelSource.read(self, name)
+
     def read_stored(self, name: str) -> torch.Tensor:
         """Read a tensor that is not quantized, in the dtype in which the checkpoint stores it; the weight of a
         tied head is the embedding's.

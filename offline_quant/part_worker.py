@@ -192,7 +192,9 @@ class PartWorker:
             "seconds": time.perf_counter() - started,
         }
         group_size = spec.codebook.group_size or 8
-        report["group_power"].append(amplitude_histogram.measure(weight, rotation, group_size))
+        original = self.source.read_original(self.source.weight_name(name))
+        measured = amplitude_histogram.measure(original, weight, rotation, group_size)
+        report["group_power"].append(measured)
         return result.dequantized
 
     def _pass_layers(self, stop: int) -> None:

@@ -132,7 +132,9 @@ def _draw_layers(report: dict, layers: list[dict]) -> str:
     axes[2, 0].bar(range(len(layers)), [layer["seconds"] for layer in layers], color="#888")
     axes[2, 0].set_ylabel("seconds")
     axes[2, 0].set_xlabel("decoder layer")
-    axes[0, 0].legend(ncols=4, fontsize="small")
+    axes[0, 0].legend(ncols=7, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    low, high = axes[1, 0].get_ylim()
+    axes[1, 0].set_ylim(np.floor(low), np.ceil(high))  # or the row scales alone would fill the picture
     for axis in axes[:, 0]:
         axis.grid(alpha=0.3)
     return _svg(figure)

@@ -77,7 +77,7 @@ def test_the_histogram_of_gaussian_rows_is_the_beta_density():
 def test_rotation_makes_the_histogram_of_uneven_rows_that_of_gaussian_ones():
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(256, 512, generator=generator) * torch.logspace(-1, 1, 512)
-    histogram = amplitude_histogram.measure(weight, Rotation(0, 512, 1, [512]), 8)
+    histogram = amplitude_histogram.measure(weight, weight, Rotation(0, 512, 1, [512]), 8)
     counts = {key: np.array(values) / sum(values) for key, values in histogram.items()}
     distance = {key: np.abs(counts[key] - counts["expect"]).sum() for key in ("before", "after")}
     assert distance["before"] > 0.8 and distance["after"] < 0.1
