@@ -44,7 +44,7 @@ def quantized(protocol: Protocol, arguments: tuple[str, ...], calibrate: bool = 
     """Return the checkpoint that `pvq quantize` makes with ``arguments`` and its report.
 
     One of the same sources and arguments is used again, so that rows which differ only in the activations share
-    their weights.
+    their weights, and one that was interrupted is continued.
 
     Raises:
         RuntimeError: the command failed; with its last line.
@@ -60,7 +60,8 @@ def quantized(protocol: Protocol, arguments: tuple[str, ...], calibrate: bool = 
     out = protocol.folder / "checkpoints" / digest
     if not out.exists():
         out.parent.mkdir(exist_ok=True)
-        command = [*command, str(out), *options, "--overwrite"]
+        begun = out.with_name(f"{out.name}.partial").exists()
+        command = [*command, str(out), *options, *(["--resume"] if begun else [])]
         result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         if result.returncode:
             raise RuntimeError(f"{' '.join(command)}: {result.stderr.strip().splitlines()[-1]}")
