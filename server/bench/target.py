@@ -53,9 +53,13 @@ def find_target(url: str, api_key: str | None, model: str | None = None, label: 
         ) from None
     if response.status_code in (401, 403):
         raise ServerError(f"--url {url}: the server refuses the API key: set PVQ_API_KEY to its key")
+    if response.status_code == 503:
+        raise ServerError(f"--url {url}: the server is not ready (status 503): wait until it is")
     try:
-        served = [entry["id"] for entry in response.raise_for_status().json()["data"]]
-    except (httpx2.HTTPError, ValueError, KeyError, TypeError) as error:
+        if response.status_code != 200:
+            raise ValueError(f"status {response.status_code}")
+        served = [entry["id"] for entry in response.json()["data"]]
+    except (ValueError, KeyError, TypeError) as error:
         raise ServerError(
             f"--url {url}: /v1/models does not answer like an OpenAI server ({error}): check the address"
         ) from None

@@ -7,6 +7,7 @@ import asyncio
 import time
 
 import pytest
+from fastapi import FastAPI
 
 from server.bench import load
 from server.bench.client import RequestOptions, connect, send
@@ -150,6 +151,13 @@ def test_the_vocabulary_comes_from_the_server(target):
     assert len(set(WORDS)) == len(WORDS)
 
 
+def test_a_server_that_is_loading_is_not_ready():
+    loading = FastAPI()
+    loading.get("/v1/models", status_code=503)(lambda: {"error": {"message": "the model is loading"}})
+    with running(loading) as url, pytest.raises(ServerError, match="not ready"):
+        find_target(url, None)
+
+
 def test_targets_have_labels_that_differ(target):
     both = find_targets([target.url, target.url + "/v1"], ["a", "b"], [], "key")
     assert [one.label for one in both] == ["a", "b"] and both[0].url == both[1].url
@@ -161,5 +169,5 @@ def test_targets_have_labels_that_differ(target):
         find_targets([target.url], [], ["other"], "key")
     with pytest.raises(ServerError, match="PVQ_API_KEY"):
         find_target(target.url, "wrong")
-    with pytest.raises(ServerError, match="does not answer like an OpenAI server"):
+    with pytest.raises(ServerError, match=r"does not answer like an OpenAI server \(status 404\)"):
         find_target(target.url + "/elsewhere", "key")
