@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,12 @@ from pvq_vllm.codec.errors import PVQError
 from pvq_vllm.codec.format import check_checkpoint
 
 quantize = quantize_checkpoint.quantize_checkpoint
-PLAIN = Settings()
+# Online, so that the other tensors stay as they are; test_rotation_choices.py has the rotations.
+PLAIN = Settings(rotation="online")
 TIMED = {"timings.json", "report.html"}
-CALIBRATED = Settings(calibration="builtin", calibration_sequences=2, calibration_length=48)
+CALIBRATED = Settings(
+    rotation="online", calibration="builtin", calibration_sequences=2, calibration_length=48
+)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -104,14 +108,15 @@ def test_a_killed_process_resumes_to_the_same_bytes(tiny_llama, tmp_path):
         "from offline_quant.plan import Settings\n"
         "def progress(name, weights):\n"
         "    if 'layers.1.mlp' in name: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "quantize_checkpoint(sys.argv[1], sys.argv[2], Settings(), progress=progress)\n"
+        "settings = Settings(rotation='online')\n"
+        "quantize_checkpoint(sys.argv[1], sys.argv[2], settings, progress=progress)\n"
     )
     run = subprocess.run([sys.executable, "-c", program, str(tiny_llama), str(tmp_path / "out")], check=False)
     assert run.returncode == -9 and not (tmp_path / "out").exists()
     with pytest.raises(PVQError, match="unfinished run: add --resume"):
         quantize(tiny_llama, tmp_path / "out", PLAIN)
     with pytest.raises(PVQError, match="another seed: repeat the options"):
-        quantize(tiny_llama, tmp_path / "out", Settings(seed=1), resume=True)
+        quantize(tiny_llama, tmp_path / "out", replace(PLAIN, seed=1), resume=True)
     quantize(tiny_llama, tmp_path / "out", PLAIN, resume=True)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
@@ -233,7 +238,7 @@ def test_a_tied_head_is_untied_only_when_it_must_be(
     tiny_model_folder, tmp_path, settings, tied, head, embedding
 ):
     base = tiny_model_folder("qwen3-tied")
-    quantize(base, tmp_path / "out", settings)
+    quantize(base, tmp_path / "out", replace(settings, rotation="online"))
     config, tensors = check_checkpoint(tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is tied
     found = {
@@ -254,20 +259,20 @@ def test_a_tied_head_is_untied_only_when_it_must_be(
 
 
 def test_tensor_parallelism_splits_the_rotation_of_row_parallel_layers(tiny_llama, tmp_path):
-    quantize(tiny_llama, tmp_path / "out", Settings(tensor_parallel=2))
+    quantize(tiny_llama, tmp_path / "out", replace(PLAIN, tensor_parallel=2))
     config, _ = check_checkpoint(tmp_path / "out")
     blocks = {name.rpartition(".")[2]: spec.rotation_blocks for name, spec in config.modules.items()}
     assert blocks["o_proj"] == blocks["down_proj"] == 2
     assert {blocks[name] for name in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head")} == {1}
     assert config.rotation_factors == {128: [128], 64: [64], 96: [12, 8]}
     with pytest.raises(PVQError, match=r"model\.layers\.0\.self_attn\.o_proj.*128.*=16"):
-        quantize(tiny_llama, tmp_path / "other", Settings(tensor_parallel=3))
+        quantize(tiny_llama, tmp_path / "other", replace(PLAIN, tensor_parallel=3))
 
 
 def test_calibration_lowers_the_error_of_the_outputs(tiny_llama, tmp_path):
     settings = Settings(**{**vars(CALIBRATED), "lm_head_bits": 4})
     report = quantize(tiny_llama, tmp_path / "out", settings)
-    plain = quantize(tiny_llama, tmp_path / "plain", Settings(lm_head_bits=4))
+    plain = quantize(tiny_llama, tmp_path / "plain", replace(PLAIN, lm_head_bits=4))
     for name, entry in report["modules"].items():
         assert entry["output_snr_db"] > entry["weight_snr_db"], name
         assert plain["modules"][name]["output_snr_db"] is None
