@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each step of the quantizer gains, layer by layer: output SNR, 10 log10(tr(W H W^T) / tr(dW H dW^T)).
+
+    python benchmarks/quantizer_ladder.py MODEL [--text FILE] [--layers 0,10,29] [--bits 4] [--sequences 24]
+
+H is that of the model itself (no layer before it quantized), in the rotated coordinates of --rotation online.
+"""
+
+import argparse
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from offline_quant.calibration import LayerwiseForward
+from offline_quant.calibration_data import calibration_text, tokenize, windows
+from offline_quant.error_feedback import descend, feedback, fit_scale
+from offline_quant.hessian import RotatedHessian
+from offline_quant.model_source import ModelSource
+from offline_quant.rotation import rotate_rows
+from pvq_vllm import ops
+from pvq_vllm.codec.rotation import Rotation, rotation_layout
+from pvq_vllm.codec.serving import SERVING
+
+PASSES = 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--text", type=Path, default=calibration_text())
+    parser.add_argument("--layers", type=lambda text: [int(part) for part in text.split(",")], default=[0])
+    parser.add_argument("--bits", choices="234", default="4")
+    parser.add_argument("--sequences", type=int, default=24)
+    arguments = parser.parse_args()
+    source = ModelSource.open(arguments.model)
+    tokens = windows(tokenize(arguments.model, arguments.text), arguments.sequences, 1024)
+    forward = LayerwiseForward(source, tokens)
+    found: dict[str, list[float]] = {}
+    for layer in range(max(arguments.layers) + 1):
+        names = source.linear_names(layer)
+        with forward.loaded(layer):
+            sums = forward.collect(layer, names) if layer in arguments.layers else {}
+            forward.advance(layer)
+        for name, total in sums.items():
+            weight = source.read(f"{name}.weight").float()
+            steps = dict(ladder(weight, total.mean(), f"pvq{arguments.bits}"))
+            print(f"{name:45}" + "".join(f"{value:8.3f}" for value in steps.values()), flush=True)
+            for step, value in steps.items():
+                found.setdefault(step, []).append(value)
+    for step, values in found.items():
+        print(f"{step:45}{sum(values) / len(values):8.3f} dB, mean of {len(values)} linears")
+
+
+def ladder(weight: torch.Tensor, hessian: torch.Tensor, name: str) -> Iterator[tuple[str, float]]:
+    """Yield (step, output SNR in dB) in the order of the steps."""
+    width = weight.shape[1]
+    blocks, factors = rotation_layout(width, 1)
+    rotation = Rotation(0, width, blocks, factors)
+    w, prepared = rotate_rows(weight, rotation), RotatedHessian.of(hessian, rotation)
+    start = (w.square().mean(dim=1).sqrt() / SERVING[name].target_rms).half().float()
+
+    def energy(error: torch.Tensor) -> float:
+        return ((error @ prepared.hessian) * error).sum(dtype=torch.float64).item()
+
+    def snr(q: torch.Tensor, scale: torch.Tensor) -> float:
+        return 10 * math.log10(energy(w) / energy(w - (q + 0.5) * scale[:, None]))
+
+    def fitted(q: torch.Tensor) -> torch.Tensor:
+        return fit_scale(w, q + 0.5, prepared.hessian, start)
+
+    _, q = ops.quantize_rows(w, name, start)
+    yield "rounding", snr(q, start)
+    identity = torch.eye(8).expand(width // 8, 2, 8, 8).contiguous()
+    fields = prepared.hessian, prepared.damping, prepared.factor, identity, prepared.descent_metrics
+    _, q = feedback(w, RotatedHessian(*fields), name, start)
+    yield "error feedback, Euclidean", snr(q, start)
+    yield "  and scales fitted (Euclidean)", snr(q, fitted(q))
+    codes, q = feedback(w, prepared, name, start)
+    yield "error feedback in the group's metric", snr(q, start)
+    scale = fitted(q)
+    yield "  and scales fitted (metric)", snr(q, scale)
+    for number in range(1, PASSES + 1):
+        descend(w, codes, q, prepared, name, 1, scale)
+        scale = fitted(q)
+        yield f"descent, pass {number}, and scales fitted", snr(q, scale)
+
+
+if __name__ == "__main__":
+    main()
