@@ -15,7 +15,8 @@ from typing import Any
 
 from server import metrics
 from server.asgi import App, Receive, Scope, Send, send_error
-from server.body import BadJSON, Disconnected, TooLarge, declared_length, is_json, parse, read_body, replay
+from server.body import BadJSON, Disconnected, TooLarge, declared_length, is_json, parse, read_body
+from server.disconnect import run_while_connected
 from server.prompts import count_sequences, longest_prompt_tokens, output_tokens
 
 _BUFFERED_BODIES = 32
@@ -108,7 +109,7 @@ class Admission:
             return
         else:
             with admitted:
-                await self.app(scope, replay(body, receive), send)
+                await run_while_connected(self.app, scope, body, receive, send)
 
     def _check_room(self, sequences: int, key: str) -> None:
         limits = self.limits

@@ -5,7 +5,7 @@ import json
 import re
 from typing import Any
 
-from server.asgi import Message, Receive, Scope, header
+from server.asgi import Receive, Scope, header
 
 MAX_JSON_DEPTH = 64
 """Deepest nesting of lists and objects; deeper bodies end in a RecursionError in the code behind."""
@@ -53,20 +53,6 @@ async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
         parts.append(part)
         if not message.get("more_body", False):
             return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def replay(body: bytes, receive: Receive) -> Receive:
-    """Return a ``receive`` that gives ``body`` at once and then what ``receive`` gives: the disconnection."""
-    given = False
-
-    async def again() -> Message:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return again
 
 
 def is_json(scope: Scope) -> bool:

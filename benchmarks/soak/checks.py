@@ -125,7 +125,8 @@ async def check_overload(target: Target, seconds: float, max_tokens: int = 100) 
 
     The server says itself how many sequences it admits; a fifth of them wait (the default of --max-waiting).
     """
-    can_run = int(await target.metric("pvq_server_sequences_max") * 4 / 5)
+    (most,) = await target.metrics("pvq_server_sequences_max")
+    can_run = int(most * 4 / 5)
     accepted: list[dict[str, Any]] = []
     refused: list[float] = []
     other: collections.Counter[int] = collections.Counter()

@@ -65,16 +65,22 @@ class Target:
         answer = await self.complete(4)
         return answer["status"] == 200 and json.loads(answer["text"])["usage"]["completion_tokens"] == 4
 
-    async def metric(self, name: str) -> float:
-        """Return the sum of the metric ``name`` over all labels."""
+    async def metrics(self, *names: str) -> list[float]:
+        """Return, for each of ``names``, the sum of the metric over all labels."""
         async with self.session.get(f"{self.url}/metrics") as answer:
             lines = (await answer.text()).splitlines()
-        return sum(float(line.split()[-1]) for line in lines if line.split("{")[0].split()[:1] == [name])
+        sums = dict.fromkeys(names, 0.0)
+        for line in lines:
+            name = line.split("{")[0].split(" ")[0]
+            if name in sums:
+                sums[name] += float(line.split()[-1])
+        return list(sums.values())
 
     async def running(self) -> tuple[float, float]:
         """Return the sequences that the server has admitted, and those that vLLM runs or has waiting."""
-        names = ("pvq_server_sequences", "vllm:num_requests_running", "vllm:num_requests_waiting")
-        admitted, *inside = [await self.metric(name) for name in names]
+        admitted, *inside = await self.metrics(
+            "pvq_server_sequences", "vllm:num_requests_running", "vllm:num_requests_waiting"
+        )
         return admitted, sum(inside)
 
     async def seconds_until_idle(self, limit_s: float) -> float | None:
