@@ -49,7 +49,7 @@ def quantized(protocol: Protocol, arguments: tuple[str, ...], calibrate: bool = 
     Raises:
         RuntimeError: the command failed; with its last line.
     """
-    command = [str(Path(sys.executable).with_name("pvq")), "quantize", str(protocol.model)]
+    command = [sys.executable, "-m", "pvq_vllm.cli", "quantize", str(protocol.model)]
     options = ["--lm-head", "16", "--threads", str(torch.get_num_threads()), "--device", protocol.device]
     options += arguments
     if calibrate:
