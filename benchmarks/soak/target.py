@@ -3,6 +3,7 @@
 
 import asyncio
 import json
+import sys
 import time
 from typing import Any
 
@@ -30,6 +31,9 @@ class Target:
             connector=aiohttp.TCPConnector(limit=0),
         )
         async with self.session.get(f"{self.url}/v1/models") as answer:
+            if answer.status != 200:
+                await self.session.close()
+                sys.exit(f"{self.url} is not ready to be tested: {await answer.text()}")
             self.model = (await answer.json())["data"][0]["id"]
         return self
 
