@@ -94,7 +94,7 @@ def quantize_checkpoint(
             config = with_codebooks(config, chosen)
             parts = plan_parts(source, config)
             writer.plan_again([part.outputs for part in parts])
-            predicted = sum(losses[name][str(chosen[name])] for name in losses)
+            predicted = math.fsum(losses[name][str(chosen[name])] for name in losses)
         worker = PartWorker(source, config, settings, writer, parts, partial(data.tokens, writer))
         for index in worker.order():
             if not writer.has_part(index):

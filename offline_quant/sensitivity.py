@@ -79,7 +79,10 @@ def measure_losses(
             behind = layer + 1
             hessians = HessianCache()
             found: Losses = {}
-            for name in sorted(sums, key=lambda name: id(sums[name])):
+            by_input: dict[int, list[str]] = {}
+            for name in sums:
+                by_input.setdefault(id(sums[name]), []).append(name)
+            for name in (name for group in by_input.values() for name in group):
                 importance = gradients[name].to(device)
                 weight = source.read(source.weight_name(name)).to(device)
                 arguments = weight, module_rotation(source, config, name), sums[name], hessians
