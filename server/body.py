@@ -12,6 +12,7 @@ MAX_JSON_DEPTH = 64
 
 _INTEGER_LIMIT = 2**63
 _MANY_DIGITS = re.compile(rb"[0-9]{19}")
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class TooLarge(Exception):
@@ -68,8 +69,8 @@ def parse(body: bytes) -> Any:
     """Return the value of the JSON text ``body``.
 
     Raises:
-        BadJSON: it is not JSON in UTF-8, is nested deeper than ``MAX_JSON_DEPTH``, or holds NaN, Infinity or an
-            integer that does not fit in 64 bits (which vLLM's messages between processes cannot carry).
+        BadJSON: it is not JSON in UTF-8, is nested deeper than ``MAX_JSON_DEPTH``, or holds NaN, Infinity, half of a
+            surrogate pair or an integer that does not fit in 64 bits (which vLLM's messages between processes cannot carry).
     """
     try:
         value = json.loads(body.decode(), parse_constant=_refuse_constant)
@@ -81,6 +82,11 @@ def parse(body: bytes) -> Any:
         raise BadJSON(f"the body is not JSON ({str(error)[:200]})") from None
     if body.count(b"[") + body.count(b"{") > MAX_JSON_DEPTH or _MANY_DIGITS.search(body):
         _check(value)
+    if _SURROGATE.search(body):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise BadJSON("the body holds half of a surrogate pair, which is no text") from None
     return value
 
 
