@@ -2,6 +2,7 @@
 """The server under test: requests to it, its metrics, the memory of its processes."""
 
 import asyncio
+import contextlib
 import json
 import sys
 import time
@@ -100,5 +101,8 @@ class Target:
         """Return the memory of the server and its engine: resident, shared pages counted once (PSS)."""
         if self.process is None:
             return None
-        processes = [self.process, *self.process.children(recursive=True)]
-        return sum(process.memory_full_info().pss for process in processes)
+        total = self.process.memory_full_info().pss
+        for child in self.process.children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # a short-lived one
+                total += child.memory_full_info().pss
+        return total
