@@ -23,6 +23,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import pvq_vllm.hf_quantizer  # noqa: F401  registers "pvq" with transformers
+from offline_quant.plan import Settings
+from offline_quant.quantize_checkpoint import quantize_checkpoint
+from pvq_vllm.codec.format import Codebook
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -93,16 +96,22 @@ def check(folder: Path, base: Path, token_ids: list[list[int]], activation: str 
 
 
 def test_three_architectures_and_dummy_weights_eager(folders, tiny_model_folder, tmp_path):
-    """Fused layers of three codebooks, bias, tied and quantized heads, int8 embedding; without a flag."""
-    runs = [{"model": folder, "enforce_eager": True} for folder in folders.values()]
+    """Fused layers of three codebooks, bias, tied and quantized heads, int8 embedding; without a flag. And a
+    checkpoint with its rotation folded into the weights, all but that of down_proj's input.
+    """
+    folded = tmp_path / "residual"
+    settings = Settings(codebook=Codebook("pvq3"), rotation="residual")
+    quantize_checkpoint(tiny_model_folder("qwen2"), folded, settings)
+    runs = [{"model": folder, "enforce_eager": True} for folder in (*folders.values(), folded)]
     dummy = {"model": folders["qwen3-tied"], "enforce_eager": True, "load_format": "dummy"}
-    *answers, from_dummy = generate(tmp_path, [*runs, dummy], VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    *answers, from_folded, from_dummy = generate(tmp_path, [*runs, dummy], VLLM_ENABLE_V1_MULTIPROCESSING="0")
     for (name, folder), answer in zip(folders.items(), answers, strict=True):
         check(folder, tiny_model_folder(name), answer["token_ids"])
         sizes = answer["parameter_bytes"]
         assert not [parameter for parameter in sizes if parameter.endswith(("weight_packed", "_proj.weight"))]
         # gate: 4 bits, up: 3 bits, of 192 x 128 weights each; nothing else may be kept
         assert sizes["model.layers.0.mlp.gate_up_proj.pvq_weight"] == 192 * 128 * 7 // 8
+    check(folded, tiny_model_folder("qwen2"), from_folded["token_ids"])
     assert all(len(chosen) == MAX_TOKENS for chosen in from_dummy["token_ids"])
 
 
