@@ -179,4 +179,10 @@ def _checked(body: bytes) -> Any:
         constraint = request.get("structured_outputs")
         if constraint is not None and not isinstance(constraint, dict):
             raise Refused(400, "invalid_type", "structured_outputs must be an object", "structured_outputs")
+        messages = request.get("input")
+        for message in messages if isinstance(messages, list) else ():
+            if isinstance(message, dict) and "role" in message and message.get("content") == []:
+                raise Refused(
+                    400, "empty_content", "a message of input has no content: give it a text", "input"
+                )
     return request

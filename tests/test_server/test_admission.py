@@ -89,6 +89,7 @@ def test_a_body_too_large_is_refused(client, app, chunked):
         (b'{"\\uDFFF": 1}', "surrogate"),
         (b'{"temperature": NaN}', "NaN is not JSON"),
         (b'{"temperature": -Infinity}', "Infinity is not JSON"),
+        (b'{"input": [{"role": "assistant", "content": []}]}', "has no content"),
         (b'{"structured_outputs": [1]}', "structured_outputs must be an object"),
     ],
 )
@@ -105,6 +106,7 @@ def test_json_that_breaks_what_is_behind_is_refused(client, app, body, reason):
         b'{"seed": 9223372036854775807, "x": -9223372036854775808, "text": "99999999999999999999"}',
         b'{"prompt": [' + b",".join([b"[1]"] * 100) + b'], "n": 0}',
         b'{"prompt": "\\ud83d\\ude00 \\\\ud800"}',
+        b'{"input": [{"type": "reasoning", "content": []}, {"role": "user", "content": "x"}, 7]}',
         b"[]",
         b"5",
     ],
