@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How well the losses that choose rates predict KL divergence, one module at a time.
 
-    python benchmarks/sensitivity.py MODEL [--rate 2] [--modules 16]
+    python benchmarks/sensitivity.py MODEL [--rate 2] [--modules 16] [--layers 8]
 
 Modules spread over kinds and layers are quantized alone, each as `pvq quantize` would, and the KL divergence of
 the model with this one weight changed is measured on the evaluation text. It is compared with three predictions: the loss
@@ -12,11 +12,15 @@ tr(dW H dW^T) alone, and the output error over the output's power. Printed is th
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
+import tempfile
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import save_file
 
 from offline_quant.calibration import LayerwiseForward
 from offline_quant.calibration_data import calibration_tokens, tokenize
@@ -24,8 +28,22 @@ from offline_quant.evaluate import compare_logits, evaluation_text, load_model
 from offline_quant.model_source import ModelSource
 from offline_quant.part_worker import HessianCache, module_rotation
 from offline_quant.plan import Settings, codebook_from_text, plan_checkpoint
+from offline_quant.quantize_checkpoint import COPIED_NAMES
 from offline_quant.sensitivity import GRADIENT_TOKENS, output_gradients
 from offline_quant.weight_quantizer import quantize_weight
+
+
+def first_layers(model: Path, layers: int, folder: Path) -> Path:
+    """Write a model of the first decoder layers alone into ``folder`` and return it: less to compute."""
+    source = ModelSource.open(model)
+    dropped = tuple(f"{source.layers_name}.{layer}." for layer in range(layers, len(source.layers)))
+    tensors = {name: source.read(name) for name in source.tensors if not name.startswith(dropped)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({**source.config, "num_hidden_layers": layers}))
+    for name in COPIED_NAMES:
+        if (model / name).is_file():
+            shutil.copyfile(model / name, folder / name)
+    return folder
 
 
 def correlation(x: list[float], y: list[float]) -> float:
@@ -60,8 +78,18 @@ def main() -> None:
     parser.add_argument("--modules", type=int, default=16)
     parser.add_argument("--sequences", type=int, default=4, help="of calibration and of evaluation")
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--layers", type=int, help="use only so many decoder layers")
     arguments = parser.parse_args()
+    if arguments.layers is None:
+        compare(arguments)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        arguments.model = first_layers(arguments.model, arguments.layers, Path(folder))
+        compare(arguments)
 
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Measure and print."""
     source = ModelSource.open(arguments.model)
     codebook = codebook_from_text(arguments.rate, "--rate")
     settings = Settings(codebook=codebook, calibration="builtin", rotation="online")
@@ -74,7 +102,7 @@ def main() -> None:
     with torch.inference_mode():
         reference = [model(input_ids=sequence[None], use_cache=False).logits[0] for sequence in ids]
 
-    table = Table(title=f"{arguments.model.resolve().name}, one module at a time at rate {codebook}")
+    table = Table(title=f"One module at a time at rate {codebook}, {len(source.layers)} layers")
     for column in ("module", "KL divergence", "predicted", "output error", "output error / power"):
         table.add_column(column, justify="left" if column == "module" else "right")
     columns: list[list[float]] = [[], [], [], []]
