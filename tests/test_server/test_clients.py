@@ -30,7 +30,11 @@ def run(served, *command, **environment):
         **environment,
     }
     done = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, env={**os.environ, **variables}, check=False
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **variables},
+        check=False,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return done.stdout
@@ -55,14 +59,18 @@ test_split: test
         "doc_to_choice: '{{[text, other]}}'\ndoc_to_target: label\nmetric_list: [{metric: acc}]\n"
     )
     (tmp_path / "free.yaml").write_text(
-        "task: tiny_free\noutput_type: generate_until" + common + "doc_to_text: '{{text}}'\ndoc_to_target: '{{other}}'\n"
+        "task: tiny_free\noutput_type: generate_until"
+        + common
+        + "doc_to_text: '{{text}}'\ndoc_to_target: '{{other}}'\n"
         "generation_kwargs: {max_gen_toks: 8, temperature: 0, until: ['zzz']}\nmetric_list: [{metric: exact_match}]\n"
     )
     return tmp_path
 
 
 def lm_eval(served, tokenizer, tasks, kind, route, task, *more):
-    arguments = f"model=tiny,base_url={served.url}/v1/{route},num_concurrent=2,tokenizer={tokenizer},max_length=512"
+    arguments = (
+        f"model=tiny,base_url={served.url}/v1/{route},num_concurrent=2,tokenizer={tokenizer},max_length=512"
+    )
     command = [client("lm_eval"), "run", "--model", kind, "--model_args", arguments, "--tasks", task]
     command += ["--include_path", tasks, "--output_path", tasks / "out", "--log_samples", *more]
     run(served, *command, HF_HOME=str(tasks / "hf"))
@@ -117,8 +125,25 @@ def test_schemathesis_finds_no_5xx(served, tmp_path):
 
 def test_vllm_bench_serve_measures(served, tiny_llama, tmp_path):
     command = [sys.executable, "-m", "pvq_vllm.vllm_launcher", "bench", "serve", "--base-url", served.url]
-    command += ["--model", "tiny", "--tokenizer", tiny_llama, "--dataset-name", "random", "--num-prompts", "8"]
-    command += ["--random-input-len", "16", "--random-output-len", "8", "--ignore-eos", "--max-concurrency", "4"]
+    command += [
+        "--model",
+        "tiny",
+        "--tokenizer",
+        tiny_llama,
+        "--dataset-name",
+        "random",
+        "--num-prompts",
+        "8",
+    ]
+    command += [
+        "--random-input-len",
+        "16",
+        "--random-output-len",
+        "8",
+        "--ignore-eos",
+        "--max-concurrency",
+        "4",
+    ]
     command += ["--save-result", "--result-dir", tmp_path, "--result-filename", "result.json"]
     run(served, *command)
     result = json.loads((tmp_path / "result.json").read_text())
