@@ -181,8 +181,16 @@ def _checked(body: bytes) -> Any:
             raise Refused(400, "invalid_type", "structured_outputs must be an object", "structured_outputs")
         messages = request.get("input")
         for message in messages if isinstance(messages, list) else ():
-            if isinstance(message, dict) and "role" in message and message.get("content") == []:
-                raise Refused(
-                    400, "empty_content", "a message of input has no content: give it a text", "input"
-                )
+            if isinstance(message, dict) and "role" in message and not _has_content(message):
+                text = "a message of input has no content, or is the assistant's and not of text"
+                raise Refused(400, "unusable_content", f"{text}: give it a text", "input")
     return request
+
+
+def _has_content(message: dict[str, Any]) -> bool:
+    content = message.get("content")
+    if not isinstance(content, list):
+        return True
+    if message["role"] == "assistant":
+        return bool(content) and all(isinstance(one, dict) and "text" in one for one in content)
+    return bool(content)

@@ -90,6 +90,10 @@ def test_a_body_too_large_is_refused(client, app, chunked):
         (b'{"temperature": NaN}', "NaN is not JSON"),
         (b'{"temperature": -Infinity}', "Infinity is not JSON"),
         (b'{"input": [{"role": "assistant", "content": []}]}', "has no content"),
+        (
+            b'{"input": [{"role": "assistant", "content": [{"type": "refusal", "refusal": ""}]}]}',
+            "not of text",
+        ),
         (b'{"structured_outputs": [1]}', "structured_outputs must be an object"),
     ],
 )
@@ -106,7 +110,8 @@ def test_json_that_breaks_what_is_behind_is_refused(client, app, body, reason):
         b'{"seed": 9223372036854775807, "x": -9223372036854775808, "text": "99999999999999999999"}',
         b'{"prompt": [' + b",".join([b"[1]"] * 100) + b'], "n": 0}',
         b'{"prompt": "\\ud83d\\ude00 \\\\ud800"}',
-        b'{"input": [{"type": "reasoning", "content": []}, {"role": "user", "content": "x"}, 7]}',
+        b'{"input": [{"type": "reasoning", "content": []}, {"role": "user", "content": "x"}, 7, '
+        b'{"role": "assistant", "content": [{"type": "output_text", "text": ""}]}]}',
         b"[]",
         b"5",
     ],
