@@ -15,6 +15,7 @@ from .dense import checkpoint_to_dense, linear_names, write_dense
 from .peers.environments import run_job
 from .project import quantized, with_activation
 from .protocol import Protocol
+from .report import NOT_WEIGHT_ONLY
 from .rounding import rounded_weights
 
 
@@ -198,7 +199,7 @@ def _rows() -> list[Row]:
         for activation in ("a16", "a8", "pvq:16,58", "pvq:16,27"):
             key = f"pvq-{bits}-{activation.replace(':', '').replace(',', '-')}"
             label = f"PVQ {bits} bits, {activation} activations"
-            rows.append(Row(key, "PVQ, activations too", label, _activations(activation, "--bits", bits)))
+            rows.append(Row(key, NOT_WEIGHT_ONLY, label, _activations(activation, "--bits", bits)))
     return rows
 
 
