@@ -23,7 +23,6 @@ constexpr int kThreads = 32 * (kMaxWarps + 1);
 constexpr int kRegisterBound = 640;  // threads: 96 registers
 constexpr int kSharedLeft = 24 * 1024;
 constexpr int kMaxSlots = 32;
-constexpr int kPrefetch = 2;  // chunks of a warp on their way to registers
 
 struct Parameters {
   Activations a;
@@ -60,6 +59,7 @@ template <CodebookId kId, int kColumnTiles>
 __global__ void __launch_bounds__(kRegisterBound, 1) warp_tiles_kernel(const __grid_constant__ Parameters p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   constexpr int kSlotBytes = 8 * kColumnTiles * kChunkColumns, kConsumersBarrier = 1;
+  constexpr int kPrefetch = 2;  // chunks of a warp on their way to registers
   extern __shared__ __align__(64) char shared[];
   __shared__ ColumnFacts<8 * kColumnTiles> facts;
   const int lane = threadIdx.x & 31, warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0);
