@@ -213,7 +213,8 @@ def test_the_bar_is_for_terminals_only(urls, tmp_path, capsys, monkeypatch):
 
 def test_ctrl_c_keeps_what_is_complete(urls):
     lengths = Lengths.parse("2", "")
-    plan = planning.Plan(CONCURRENCY, (1, 2), RandomPrompts(lengths, lengths), requests=2)
+    # So many that the second load cannot be over when the signal takes effect.
+    plan = planning.Plan(CONCURRENCY, (1, 2), RandomPrompts(lengths, lengths), requests=20)
     target = find_target(urls[1], "key")
 
     def interrupt(stage, record):
