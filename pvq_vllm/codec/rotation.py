@@ -60,9 +60,7 @@ def hadamard_factors(width: int) -> list[int]:
     return [*dense, *([power] if power > 1 or not dense else [])]
 
 
-def rotation_layout(
-    in_features: int, splits: int = 1, max_width: int | None = None
-) -> tuple[int, list[int]]:
+def rotation_layout(in_features: int, splits: int = 1, max_width: int | None = None) -> tuple[int, list[int]]:
     """Fewest equal blocks, a multiple of `splits`, whose width (at most `max_width`) has a Hadamard matrix of order 8 or more.
 
     Returns:
