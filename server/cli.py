@@ -1,25 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command ``pvq serve``. Heavy imports are inside the function, after the cheap checks."""
 
-import contextlib
-import sys
-from collections.abc import Iterator
 from typing import Annotated
 
 import typer
 
-from server.errors import ServerError
+from server.errors import ServerError, one_sentence
 from server.options import with_settings
-
-
-@contextlib.contextmanager
-def _one_sentence() -> Iterator[None]:
-    """Print a ServerError as one sentence and end with status 2."""
-    try:
-        yield
-    except ServerError as error:
-        print(f"pvq: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
 
 
 @with_settings
@@ -52,7 +39,7 @@ def serve(
     if model is not None and model.startswith("-"):  # a flag of vLLM: the model is named elsewhere
         vllm_flags.insert(0, model)
         model = None
-    with _one_sentence():
+    with one_sentence():
         loaded = load(model=model, **flags)
         vllm_flags = [*loaded.vllm_flags, *vllm_flags]
         if show_config:

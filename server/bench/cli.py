@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from server.errors import ServerError
+from server.errors import ServerError, one_sentence
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,16 +27,6 @@ INTERRUPTED = 130
 """The exit status of a program that Ctrl-C ended."""
 
 group = typer.Typer(add_completion=False, rich_markup_mode=None)
-
-
-@contextlib.contextmanager
-def _one_sentence() -> Iterator[None]:
-    """Print a ServerError as one sentence and end with status 2."""
-    try:
-        yield
-    except ServerError as error:
-        print(f"pvq: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
 
 
 @contextlib.contextmanager
@@ -134,7 +124,7 @@ def bench(
     from server.bench.metrics import Objective
     from server.bench.search import MIN_REQUESTS
 
-    with _one_sentence():
+    with one_sentence():
         if sum((concurrency is not None, request_rate is not None)) > 1 or (find_rate and concurrency):
             raise ServerError(
                 "--concurrency, --request-rate and --find-rate exclude each other: give one of them "
@@ -299,7 +289,7 @@ def compare_command(
 
     from server.bench import compare, results
 
-    with _one_sentence():
+    with one_sentence():
         read_a, read_b = results.read(a), results.read(b)
         comparisons, warnings = compare.compare_folders(read_a, read_b)
         if comparisons:

@@ -4,10 +4,6 @@
 The set is chosen once a process, by PVQ_CPU_ISA; so the cases run in one subprocess each and report every mismatch.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -54,21 +50,8 @@ sys.exit(wrong > 0 or checked == 0)
 
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "amx"])
-def test_every_instruction_set_equals_the_reference(isa):
-    run = subprocess.run(
-        [sys.executable, "-c", CASES],
-        env={**os.environ, "PVQ_CPU_ISA": isa},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    first_line = run.stdout.splitlines()[0] if run.stdout else ""
-    if run.returncode == 0 and first_line != f"isa {isa}":
-        pytest.skip(
-            f"this machine has no {isa}; the cases ran with {first_line.removeprefix('isa ')} instead"
-        )
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+def test_every_instruction_set_equals_the_reference(run_on_isa, isa):
+    run_on_isa(isa, CASES)
 
 
 def _layer(segments, width, mode="a8", seed=3):

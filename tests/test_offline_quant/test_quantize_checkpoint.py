@@ -61,15 +61,11 @@ def test_two_runs_write_the_same_bytes(tiny_qwen2, tmp_path, settings):
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
-class Killed(Exception):
-    pass
-
-
 SHARDED = {"max_shard_bytes": 60_000, "lm_head_bits": 4}
 
 
 @pytest.mark.parametrize("calibrated", [False, True], ids=["plain", "calibrated"])
-def test_a_run_interrupted_anywhere_resumes_to_the_same_bytes(tiny_llama, tmp_path, monkeypatch, calibrated):
+def test_a_run_interrupted_anywhere_resumes_to_the_same_bytes(tiny_llama, tmp_path, killer, calibrated):
     """Each rename of a finished file is a place to be killed at: among the parts, the shards and the last
     files.
     """
@@ -77,23 +73,13 @@ def test_a_run_interrupted_anywhere_resumes_to_the_same_bytes(tiny_llama, tmp_pa
     quantize(tiny_llama, tmp_path / "whole", settings)
     expected = contents(tmp_path / "whole")
     assert sum(name.endswith(".safetensors") for name in expected) > 2
-    replace, out = checkpoint_writer.os.replace, tmp_path / "out"
-    allowed = 0
-
-    def replace_until_killed(source, destination):
-        nonlocal allowed
-        if allowed == 0:
-            raise Killed
-        allowed -= 1
-        replace(source, destination)
-
-    monkeypatch.setattr(checkpoint_writer.os, "replace", replace_until_killed)
+    out = tmp_path / "out"
     for kills in range(60):
-        allowed = kills + 1  # state.json is one of them; each run gets further than the last
+        killer.allowed = kills + 1  # state.json is one of them; each run gets further than the last
         try:
             quantize(tiny_llama, out, settings, resume=kills > 0)
             break
-        except Killed:
+        except killer.Killed:
             assert not out.exists()
     assert 4 < kills < 20
     assert contents(out) == expected
@@ -121,16 +107,16 @@ def test_a_killed_process_resumes_to_the_same_bytes(tiny_llama, tmp_path):
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_a_run_killed_after_the_last_rename_is_found_complete(tiny_llama, tmp_path, monkeypatch):
+def test_a_run_killed_after_the_last_rename_is_found_complete(tiny_llama, tmp_path, monkeypatch, killer):
     rmtree = shutil.rmtree
 
     def killed_when_cleaning_up(path, *args, **kwargs):
         if Path(path).name == "work":
-            raise Killed
+            raise killer.Killed
         rmtree(path, *args, **kwargs)
 
     monkeypatch.setattr(checkpoint_writer.shutil, "rmtree", killed_when_cleaning_up)
-    with pytest.raises(Killed):
+    with pytest.raises(killer.Killed):
         quantize(tiny_llama, tmp_path / "out", PLAIN)
     monkeypatch.undo()
     before = contents(tmp_path / "out")

@@ -5,7 +5,6 @@ import json
 
 import pytest
 
-from offline_quant import checkpoint_writer
 from offline_quant.inspect import inspect_checkpoint
 from offline_quant.plan import Settings
 from offline_quant.quantize_checkpoint import quantize_checkpoint
@@ -49,31 +48,18 @@ def test_rates_and_overrides_are_respected(tiny_llama, tmp_path):
     assert 3.5 - 2 * STEP < report["bits_per_weight"] <= 3.5
 
 
-def test_two_runs_agree_and_an_interrupted_one_resumes_to_the_same_bytes(tiny_llama, tmp_path, monkeypatch):
+def test_two_runs_agree_and_an_interrupted_one_resumes_to_the_same_bytes(tiny_llama, tmp_path, killer):
     """Killed at every file in turn: gradients, sensitivities of each layer, parts, shards."""
-
-    class Killed(Exception):
-        pass
-
     settings = average_settings(3.4)
     report = quantize_checkpoint(tiny_llama, tmp_path / "whole", settings)
-    replace, out, allowed = checkpoint_writer.os.replace, tmp_path / "out", 0
-
-    def replace_until_killed(source, destination):
-        nonlocal allowed
-        if allowed == 0:
-            raise Killed
-        allowed -= 1
-        replace(source, destination)
-
-    monkeypatch.setattr(checkpoint_writer.os, "replace", replace_until_killed)
+    out = tmp_path / "out"
     measured = []
     for kills in range(60):
-        allowed = max(2, kills)  # state.json is one of them; in the end the last files need more
+        killer.allowed = max(2, kills)  # state.json is one of them; in the end the last files need more
         try:
             assert quantize_checkpoint(tiny_llama, out, settings, resume=kills > 0) == report
             break
-        except Killed:
+        except killer.Killed:
             measured.append(sorted(file.name for file in out.with_name("out.partial").rglob("losses-*.json")))
     assert ["losses-00000.json"] in measured and ["losses-00000.json", "losses-00001.json"] in measured
     for name in ("model.safetensors", "config.json", "report.json", "README.md"):
