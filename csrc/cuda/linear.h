@@ -25,6 +25,16 @@ struct Rotation {  // format.md §5; num_factors 0: none
   const std::uint32_t* signs = nullptr;  // [in_features / 32 up], bit set: -1
 };
 
+// Of the dense factors; 0 if there are none.
+inline int largest_dense_order(const Rotation& rotation) {
+  int largest = 0;
+  for (int f = 0; f < rotation.num_factors; ++f) {
+    const int order = rotation.factors[f];
+    if ((order & (order - 1)) != 0 && order > largest) largest = order;
+  }
+  return largest;
+}
+
 struct Tokens {   // the input of one call
   const void* x;  // [num_tokens, in_features]
   DType dtype;

@@ -2,8 +2,6 @@
 // `pvq` activations: rotate a token, project its groups onto a pyramid, quantize what that gives to int8 (docs/format.md §5, §6).
 // One block a token, as in rotate_quantize.cu. A group of up to 32 belongs to as many lanes of a warp, which may hold several; of
 // a larger one every lane holds several coordinates.
-#include <algorithm>
-
 #include "launch.h"
 #include "linear.h"
 #include "rotate.cuh"
@@ -184,11 +182,7 @@ void run(const Parameters& p, cudaStream_t stream) {
 
 template <DType kType>
 void run_type(const Parameters& p, cudaStream_t stream) {
-  int largest_dense = 0;
-  for (int f = 0; f < p.tokens.rotation.num_factors; ++f) {
-    const int order = p.tokens.rotation.factors[f];
-    if ((order & (order - 1)) != 0) largest_dense = std::max(largest_dense, order);
-  }
+  const int largest_dense = largest_dense_order(p.tokens.rotation);
   if (largest_dense > 28)
     run<kType, 256, 76>(p, stream);
   else

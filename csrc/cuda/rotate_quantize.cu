@@ -1,6 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <algorithm>
-
 #include "launch.h"
 #include "linear.h"
 #include "rotate.cuh"
@@ -46,11 +44,7 @@ void run(const Parameters& p, cudaStream_t stream) {
 
 template <DType kType>
 void run_type(const Parameters& p, cudaStream_t stream) {
-  int largest_dense = 0;
-  for (int f = 0; f < p.tokens.rotation.num_factors; ++f) {
-    const int order = p.tokens.rotation.factors[f];
-    if ((order & (order - 1)) != 0) largest_dense = std::max(largest_dense, order);
-  }
+  const int largest_dense = largest_dense_order(p.tokens.rotation);
   if (largest_dense > 28)
     run<kType, 256, 76, 1>(p, stream);
   else if (p.tokens.num_tokens <= 8 || p.tokens.in_features > 8192)
