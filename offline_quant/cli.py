@@ -233,6 +233,9 @@ def eval_(
     dtype: Annotated[
         str, typer.Option(help="auto, bfloat16 or float32: arithmetic of what is not quantized.")
     ] = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto, cpu or cuda; auto takes a GPU if there is one.")
+    ] = "auto",
     threads: Annotated[
         int | None, typer.Option(help="Threads (default: all cores this process may use).")
     ] = None,
@@ -240,6 +243,7 @@ def eval_(
     """Measure perplexity, KL divergence and top-1 agreement against a reference model."""
     import torch
 
+    from .device import choose_device
     from .evaluate import evaluate, evaluation_text
     from .model_card import add_evaluation
 
@@ -270,6 +274,7 @@ def eval_(
             length,
             dtypes[dtype],
             lambda done: bar.update(task, completed=done),
+            choose_device(device),
         )
     table = Table("", "value", "95% confidence")
     for key in ("perplexity", "perplexity_reference", "kl_divergence", "top1_agreement"):

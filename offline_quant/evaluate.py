@@ -76,8 +76,8 @@ def compare_logits(
     return {key: value / predicted.get(key, length) for key, value in sums.items()}
 
 
-def load_model(folder: str | os.PathLike, dtype: torch.dtype) -> torch.nn.Module:
-    """Load a Hugging Face folder, quantized with PVQ or not, for inference.
+def load_model(folder: str | os.PathLike, dtype: torch.dtype, device: str = "cpu") -> torch.nn.Module:
+    """Load a Hugging Face folder, quantized with PVQ or not, for inference on ``device``.
 
     Raises:
         PVQError: the folder is missing, damaged, or of a model type that transformers does not know.
@@ -98,7 +98,9 @@ def load_model(folder: str | os.PathLike, dtype: torch.dtype) -> torch.nn.Module
     else:
         ModelSource.open(folder)
     logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+    # Onto the device at once: the weights of a PVQ checkpoint are packed for the device that they are loaded on.
+    place = {} if device == "cpu" else {"device_map": {"": device}}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **place).eval()
 
 
 def evaluate(
@@ -109,12 +111,13 @@ def evaluate(
     length: int = 1024,
     dtype: torch.dtype | None = None,
     progress: Callable[[int], None] = lambda done: None,
+    device: str = "cpu",
 ) -> dict:
     """Compare ``model`` with ``reference`` on the first ``sequences`` x ``length`` tokens of a text.
 
     Returns:
         ``perplexity``, ``perplexity_reference``, ``kl_divergence``, ``top1_agreement``, each also with
-        ``_ci95`` ([low, high], None for one sequence), ``sequences``, ``length``, ``dtype``.
+        ``_ci95`` ([low, high], None for one sequence), ``sequences``, ``length``, ``dtype``, ``device``.
     Raises:
         PVQError: a folder or the text cannot be used; the sentence names it.
     """
@@ -127,11 +130,11 @@ def evaluate(
             "text, or lower "
             "--sequences or --length"
         )
-    dtype = dtype or forward_dtype()
-    models = [load_model(folder, dtype) for folder in (model, reference)]
+    dtype = dtype or forward_dtype(device)
+    models = [load_model(folder, dtype, device) for folder in (model, reference)]
     samples = []
     with torch.inference_mode():
-        for index, sequence in enumerate(ids[: sequences * length].split(length)):
+        for index, sequence in enumerate(ids[: sequences * length].to(device).split(length)):
             logits, expected = (one(input_ids=sequence[None], use_cache=False).logits[0] for one in models)
             if logits.shape != expected.shape:
                 raise PVQError(
@@ -147,4 +150,5 @@ def evaluate(
         result[f"{key}_ci95"] = None if interval is None else [math.exp(bound) for bound in interval]
     for key in ("kl_divergence", "top1_agreement"):
         result[key], result[f"{key}_ci95"] = mean_and_interval([sample[key] for sample in samples])
-    return {**result, "sequences": sequences, "length": length, "dtype": str(dtype).removeprefix("torch.")}
+    used = {"dtype": str(dtype).removeprefix("torch."), "device": device}
+    return {**result, "sequences": sequences, "length": length, **used}

@@ -51,11 +51,11 @@ def quantized(protocol: Protocol, arguments: tuple[str, ...], calibrate: bool = 
     """
     command = [sys.executable, "-m", "pvq_vllm.cli", "quantize", str(protocol.model)]
     options = ["--lm-head", "16", "--threads", str(torch.get_num_threads()), "--device", protocol.device]
-    options += arguments
     if calibrate:
         options += ["--calibration", str(protocol.calibration_text)]
         options += ["--calibration-sequences", str(protocol.calibration_sequences)]
         options += ["--calibration-length", str(protocol.length)]
+    options += arguments  # last: an option that is given twice has its last value
     digest = hashlib.sha256(json.dumps([_sources_digest(), *options]).encode()).hexdigest()[:12]
     out = protocol.folder / "checkpoints" / digest
     if not out.exists():

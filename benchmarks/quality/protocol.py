@@ -112,7 +112,7 @@ class Protocol:
         return path
 
     def _logits(self, folder: Path):
-        model = load_model(folder, self.dtype).to(self.device)
+        model = load_model(folder, self.dtype, self.device)
         with torch.inference_mode():
             for sequence in self.evaluation:
                 yield model(input_ids=sequence[None].to(self.device), use_cache=False).logits[0]

@@ -6,6 +6,7 @@ from pathlib import Path
 BEGIN, END = "<!-- table: written by benchmarks/quality -->", "<!-- end of table -->"
 OURS = "PVQ (this project)"
 NOT_WEIGHT_ONLY = "PVQ, activations too"  # in the table, but neither in the picture nor on the front
+VARIANT = "PVQ, other options"  # likewise
 
 
 def pareto_front(records: list[dict], lower: str = "kl_divergence") -> list[dict]:
@@ -19,7 +20,7 @@ def pareto_front(records: list[dict], lower: str = "kl_divergence") -> list[dict
 
 def table(records: list[dict]) -> str:
     """Return the table in Markdown, by bits a weight, with the Pareto front in bold."""
-    weight_only = [record for record in records if record["family"] != NOT_WEIGHT_ONLY]
+    weight_only = [record for record in records if record["family"] not in (NOT_WEIGHT_ONLY, VARIANT)]
     front = {record["key"] for record in pareto_front(weight_only)}
     lines = [
         "| method | bits a weight | KL divergence (95%) | perplexity | top-1 agreement |",
@@ -45,7 +46,7 @@ def draw(records: list[dict], path: Path) -> None:
 
     figure, axes = pyplot.subplots(1, 2, figsize=(13, 5.5), constrained_layout=True)
     base = next((record for record in records if record["family"] == "base"), None)
-    families = sorted({record["family"] for record in records} - {"base", OURS, NOT_WEIGHT_ONLY})
+    families = sorted({record["family"] for record in records} - {"base", OURS, NOT_WEIGHT_ONLY, VARIANT})
     markers = "osv^D<>pX*hP"
     for axis, key, name in (
         (axes[0], "kl_divergence", "KL divergence to the unquantized model"),

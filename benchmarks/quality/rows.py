@@ -15,7 +15,7 @@ from .dense import checkpoint_to_dense, linear_names, write_dense
 from .peers.environments import run_job
 from .project import quantized, with_activation
 from .protocol import Protocol
-from .report import NOT_WEIGHT_ONLY
+from .report import NOT_WEIGHT_ONLY, OURS, VARIANT
 from .rounding import rounded_weights
 
 
@@ -194,7 +194,19 @@ def _rows() -> list[Row]:
         rows.append(Row(f"pvq-{bits}-rounded", "PVQ, rounded", f"PVQ {bits} bits, no calibration", make))
     for bits in ("2", "2.5", "3", "3.25", "3.5", "4", "5"):
         arguments = ("--bits", bits) if bits in "234" else ("--target-bpw", bits)
-        rows.append(Row(f"pvq-{bits}", "PVQ (this project)", f"PVQ {bits} bits", _project(*arguments)))
+        rows.append(Row(f"pvq-{bits}", OURS, f"PVQ {bits} bits", _project(*arguments)))
+    for bits in ("3.02", "4.02"):
+        label = f"PVQ {bits} bits, a rate for each module"
+        rows.append(Row(f"pvq-{bits}", OURS, label, _project("--target-bpw", bits)))
+    for bits in ("4", "3"):
+        for rotation in ("residual", "none", "block:64", "block:128", "block:256", "block:512"):
+            make = _project("--bits", bits, "--rotation", rotation)
+            key, label = f"pvq-{bits}-{rotation.replace(':', '')}", f"PVQ {bits} bits, --rotation {rotation}"
+            rows.append(Row(key, VARIANT, label, make))
+        label = f"PVQ {bits} bits, --calibration self"
+        rows.append(
+            Row(f"pvq-{bits}-self", VARIANT, label, _project("--bits", bits, "--calibration", "self"))
+        )
     for bits in ("4", "3"):
         for activation in ("a16", "a8", "pvq:16,58", "pvq:16,27"):
             key = f"pvq-{bits}-{activation.replace(':', '').replace(',', '-')}"
