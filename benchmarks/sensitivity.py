@@ -29,7 +29,7 @@ from offline_quant.model_source import ModelSource
 from offline_quant.part_worker import HessianCache, module_rotation
 from offline_quant.plan import Settings, codebook_from_text, plan_checkpoint
 from offline_quant.quantize_checkpoint import COPIED_NAMES
-from offline_quant.sensitivity import GRADIENT_TOKENS, output_gradients
+from offline_quant.gradients import output_gradients
 from offline_quant.weight_quantizer import quantize_weight
 
 
@@ -95,7 +95,7 @@ def compare(arguments: argparse.Namespace) -> None:
     settings = Settings(codebook=codebook, calibration="builtin", rotation="online")
     config = plan_checkpoint(source, settings)
     tokens = calibration_tokens(source.folder, "builtin", arguments.sequences * 2, arguments.length)
-    gradients = output_gradients(source, tokens[: GRADIENT_TOKENS // arguments.length], 0, "cpu")
+    gradients = output_gradients(source, tokens, 0, "cpu")
     ids = tokenize(source.folder, evaluation_text())[: arguments.sequences * arguments.length]
     ids = ids.reshape(arguments.sequences, arguments.length)
     model = load_model(arguments.model, torch.float32)
@@ -107,11 +107,11 @@ def compare(arguments: argparse.Namespace) -> None:
         table.add_column(column, justify="left" if column == "module" else "right")
     columns: list[list[float]] = [[], [], [], []]
     wanted = set(chosen_modules(source, arguments.modules))
-    forward = LayerwiseForward(source, tokens)
+    forward, weights = LayerwiseForward(source, tokens), gradients.token_weights()
     for layer in range(len(source.layers)):
         names = [name for name in source.linear_names(layer) if name in wanted]
         with forward.loaded(layer):
-            sums = forward.collect(layer, names)
+            sums = forward.collect(layer, names, weights)
             forward.advance(layer)
         for name in names:
             weight = source.read(source.weight_name(name)).float()
@@ -128,7 +128,7 @@ def compare(arguments: argparse.Namespace) -> None:
             linear.weight.data = before
             values = (
                 measured,
-                0.5 * (gradients[name] @ rows).item(),
+                0.5 * (gradients.outputs[name] @ rows).item(),
                 rows.sum().item(),
                 rows.sum().item() / power,
             )

@@ -7,7 +7,7 @@ quantized, and the hidden states go on through the quantized layer, so that each
 layers before it really produce.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -67,13 +67,21 @@ class LayerwiseForward:
         finally:
             _dematerialize(module)
 
-    def collect(self, layer: int, names: list[str]) -> dict[str, HessianSum]:
+    def collect(
+        self, layer: int, names: list[str], token_weights: Mapping[str, torch.Tensor] | None = None
+    ) -> dict[str, HessianSum]:
         """Run the loaded layer on every batch and return the Hessian sums of its linears ``names``, by full
         name.
 
         Linears that read the same tensor (q, k, v; gate, up) share one ``HessianSum`` object. A linear that
         no token reached (an expert) is left out.
+
+        Args:
+            token_weights: float32 [tokens], by the name of the first linear that reads a tensor; without, all
+                tokens count alike.
         """
+        token_weights = token_weights or {}
+        begin = 0  # first token of the batch
         module = self.source.layers[layer]
         prefix = f"{self.source.layers_name}.{layer}."
         leader: dict[str, str] = {}
@@ -91,7 +99,10 @@ class LayerwiseForward:
                 if leader[name] == name:
                     if name not in sums:
                         sums[name] = HessianSum(x.shape[-1], x.device)
-                    sums[name].add(x)
+                    weights = token_weights.get(name)
+                    if weights is not None:
+                        weights = weights[begin : begin + x.numel() // x.shape[-1]]
+                    sums[name].add(x, weights)
 
             return collect_input
 
@@ -103,6 +114,7 @@ class LayerwiseForward:
             for hidden in self.hidden:
                 self.run_layer(layer, hidden)
                 inputs.clear()
+                begin += hidden.shape[0] * hidden.shape[1]
         finally:
             for handle in hooks:
                 handle.remove()

@@ -81,6 +81,13 @@ def quantize(
     ] = None,
     calibration_sequences: Annotated[int, typer.Option(help="Sequences of calibration data.")] = 24,
     calibration_length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 1024,
+    token_weights: Annotated[
+        str,
+        typer.Option(
+            help="How much each calibration token counts: gradient (as much as the model's output depends on the "
+            "layer's at that token) or uniform."
+        ),
+    ] = "gradient",
     rotation: Annotated[
         str,
         typer.Option(
@@ -149,6 +156,7 @@ def quantize(
         calibration=calibration,
         calibration_sequences=calibration_sequences,
         calibration_length=calibration_length,
+        token_weights=token_weights,
         amplitude=amplitude,
         target_bpw=target_bpw,
         rates=tuple(rate or []),

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Hessian of a layer's squared output error, H = X^T X / N, and the factor of its inverse that error
-feedback needs.
+"""The Hessian of a layer's squared output error, H = X^T diag(w) X / N with a weight w for each token, and the factor
+of its inverse that error feedback needs.
 
 With the weight error dW the output error is tr(dW H dW^T). Quantizing the columns from left to right, the
 best correction of the columns still to come is read off U, the upper Cholesky factor of H^-1 = U^T U (GPTQ,
@@ -20,15 +20,21 @@ MAX_TRIES = 6  # each with ten times the damping: 0.01 ... 1000
 
 
 class HessianSum:
-    """Accumulates X^T X over batches in float32, on the device of the activations."""
+    """Accumulates X^T diag(w) X over batches in float32, on the device of the activations."""
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         self.total = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self.num_tokens = 0
 
-    def add(self, x: torch.Tensor) -> None:
-        """Add the activations ``x``, [..., in_features], any float dtype."""
+    def add(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Add the activations ``x``, [..., in_features], any float dtype.
+
+        Args:
+            weights: float32 [tokens], not negative, of mean 1 over all batches; None: 1 for each.
+        """
         x = x.reshape(-1, x.shape[-1])
+        if weights is not None:
+            x = (x.float() * weights.to(x.device).sqrt()[:, None]).to(x.dtype if x.is_cuda else torch.float32)
         if x.is_cuda and x.dtype != torch.float32:
             # On tensor cores, ten times as fast; products of two 16-bit floats are exact in float32.
             self.total += torch.mm(x.T, x, out_dtype=torch.float32)
@@ -38,7 +44,7 @@ class HessianSum:
         self.num_tokens += x.shape[0]
 
     def mean(self) -> torch.Tensor:
-        """Return H = X^T X / N, float32 [in_features, in_features]."""
+        """Return H = X^T diag(w) X / N, float32 [in_features, in_features]."""
         return self.total / max(1, self.num_tokens)
 
 

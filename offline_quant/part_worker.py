@@ -102,7 +102,8 @@ class PartWorker:
     """Makes parts; keeps the calibration batch on its way through the layers.
 
     Args:
-        tokens: gives the calibration tokens, int64 [sequences, length], when they are needed first.
+        tokens: gives the calibration tokens, int64 [sequences, length], when they are needed first, and
+            ``token_weights`` what ``LayerwiseForward.collect`` takes.
     """
 
     def __init__(
@@ -113,10 +114,13 @@ class PartWorker:
         writer: CheckpointWriter,
         parts: list[Part],
         tokens: Callable[[], torch.Tensor],
+        token_weights: Callable[[], dict[str, torch.Tensor]] = dict,
     ) -> None:
         self.source, self.config, self.settings = source, config, settings
-        self.writer, self.parts, self.tokens = writer, parts, tokens
+        self.writer, self.parts = writer, parts
+        self.tokens, self.token_weights = tokens, token_weights
         self._forward: LayerwiseForward | None = None
+        self._weights: dict[str, torch.Tensor] = {}
         self._hessians = HessianCache()
         self._passed = 0  # layers that the calibration batch has passed
 
@@ -156,7 +160,7 @@ class PartWorker:
         """Quantize a decoder layer with the Hessians of its inputs, and send the batch through the result."""
         self._pass_layers(part.layer)
         with self._forward.loaded(part.layer) as module:
-            sums = self._forward.collect(part.layer, part.modules)
+            sums = self._forward.collect(part.layer, part.modules, self._weights)
             by_input: dict[int, list[str]] = {}
             for name in part.modules:
                 by_input.setdefault(id(sums.get(name)), []).append(name)
@@ -202,6 +206,7 @@ class PartWorker:
         quantized.
         """
         if self._forward is None:
+            self._weights = self.token_weights()
             self._forward = LayerwiseForward(self.source, self.tokens(), device=self.settings.device)
         for layer in range(self._passed, stop):
             index, part = next((i, part) for i, part in enumerate(self.parts) if part.layer == layer)

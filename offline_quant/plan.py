@@ -38,6 +38,8 @@ ROW_PARALLEL = (
     "fc_out",
 )
 
+TOKEN_WEIGHTS = ("gradient", "uniform")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -48,7 +50,8 @@ class Settings:
     into the weights offline, the MLP's inner rotation online), 'online' (over the whole input width of every
     linear), 'block:N' (online, in blocks of at most N), 'none', or 'auto': residual for a model that allows
     it, else online. ``calibration`` is what ``calibration_data.calibration_tokens`` takes: 'builtin', 'self'
-    or a path; None rounds to nearest. ``target_bpw`` is the average rate of the decoder layers, reached by
+    or a path; None rounds to nearest. ``token_weights`` tells how much each token counts in a Hessian: 'gradient'
+    (``gradients``) or 'uniform'. ``target_bpw`` is the average rate of the decoder layers, reached by
     choosing one of ``rates`` for every module (``rate_plan``); it then stands in the place of ``codebook``.
     """
 
@@ -63,6 +66,7 @@ class Settings:
     calibration: str | None = None
     calibration_sequences: int = 24
     calibration_length: int = 1024
+    token_weights: str = "gradient"
     amplitude: str = "lloyd_max"
     target_bpw: float | None = None
     rates: tuple[str, ...] = ()
@@ -78,6 +82,7 @@ class Settings:
         elif self.max_block < SMALLEST_BLOCK:
             raise PVQError(f"--rotation {self.rotation}: a block must have at least {SMALLEST_BLOCK} columns")
         _one_of("--amplitude", self.amplitude, AMPLITUDES)
+        _one_of("--token-weights", self.token_weights, TOKEN_WEIGHTS)
         _one_of("--device", self.device, ("cpu", "cuda"))
         for option, value in (
             ("--tensor-parallel", self.tensor_parallel),

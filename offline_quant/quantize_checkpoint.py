@@ -19,6 +19,7 @@ from pvq_vllm.codec.format import FORMAT_VERSION, CheckpointConfig, Codebook
 
 from .calibration_data import SELF, calibration_tokens, tokens_digest
 from .checkpoint_writer import CheckpointWriter, check_destination
+from .gradients import OutputGradients, output_gradients
 from .model_card import model_card
 from .model_source import ModelSource
 from .part_worker import PartWorker, plan_parts
@@ -66,6 +67,8 @@ def quantize_checkpoint(
         ModelSource.open(model), settings.rotation, settings.seed, settings.device
     )
     settings = replace(settings, rotation=rotation)
+    if source.head_name is None:  # nothing to take gradients of
+        settings = replace(settings, token_weights="uniform")
     if settings.calibration == SELF and not resume:
         check_memory(source, settings.device)
     config = plan_checkpoint(source, settings)
@@ -89,13 +92,15 @@ def quantize_checkpoint(
         predicted = None
         if candidates:
             tell = partial(progress, weights=0)
-            losses = measure_losses(source, config, settings, candidates, data.tokens(writer), writer, tell)
+            given = data.tokens(writer), data.gradients(writer)
+            losses = measure_losses(source, config, settings, candidates, *given, writer, tell)
             chosen = choose_rates(source, candidates, losses, settings.target_bpw)
             config = with_codebooks(config, chosen)
             parts = plan_parts(source, config)
             writer.plan_again([part.outputs for part in parts])
             predicted = math.fsum(losses[name][str(chosen[name])] for name in losses)
-        worker = PartWorker(source, config, settings, writer, parts, partial(data.tokens, writer))
+        given = partial(data.tokens, writer), partial(data.token_weights, writer)
+        worker = PartWorker(source, config, settings, writer, parts, *given)
         for index in worker.order():
             if not writer.has_part(index):
                 worker.make(index, lambda name: progress(name, weights[name]))
@@ -119,14 +124,15 @@ def quantize_checkpoint(
 
 
 class _CalibrationData:
-    """The calibration tokens of a run. Those that the model writes itself are drawn when they are needed first,
-    and kept for the case that the run is interrupted.
+    """The calibration tokens of a run and the gradients on them. Gradients are measured, and tokens that the model
+    writes itself are drawn, when they are needed first; both are kept for the case that the run is interrupted.
     """
 
     def __init__(self, source: ModelSource, settings: Settings, progress: Progress) -> None:
         self._source, self._settings, self._progress = source, settings, progress
         self._size = settings.calibration_sequences, settings.calibration_length
         self._tokens: torch.Tensor | None = None
+        self._gradients: OutputGradients | None = None
         if settings.calibration not in (None, SELF):
             self._tokens = calibration_tokens(source.folder, settings.calibration, *self._size)
 
@@ -141,6 +147,24 @@ class _CalibrationData:
         if self._tokens is None:
             self._tokens = writer.kept_tensors("tokens", self._sample)["tokens"]
         return self._tokens
+
+    def gradients(self, writer: CheckpointWriter) -> OutputGradients:
+        """Return the gradients on these tokens."""
+        if self._gradients is None:
+            tokens = self.tokens(writer)
+            stored = writer.kept_tensors("gradients", lambda: self._measure(tokens).to_tensors())
+            self._gradients = OutputGradients.from_tensors(stored)
+        return self._gradients
+
+    def token_weights(self, writer: CheckpointWriter) -> dict[str, torch.Tensor]:
+        """Return the weights of the tokens as the settings want them."""
+        if self._settings.token_weights == "uniform":
+            return {}
+        return self.gradients(writer).token_weights()
+
+    def _measure(self, tokens: torch.Tensor) -> OutputGradients:
+        tell = partial(self._progress, weights=0)
+        return output_gradients(self._source, tokens, self._settings.seed, self._settings.device, tell)
 
     def _sample(self) -> dict[str, torch.Tensor]:
         seed, device = self._settings.seed, self._settings.device

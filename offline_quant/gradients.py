@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much the model's output depends on the output of every linear layer, token by token.
+
+g is the gradient of -log p(y) at a layer's output, for a y drawn from the model itself, so that E[g g^T] is the Fisher
+information. Two means of its squares are kept: over the tokens for each output, which tells what an error of a row costs
+(``sensitivity``), and over the outputs for each token, which tells where errors cost most (``token_weights``).
+
+Both passes stream the layers of the base model. The backward pass needs the inputs of all layers, so that the
+tokens go through in slices whose inputs take ``STORED_BYTES`` at most.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from pvq_vllm.codec.errors import PVQError
+
+from . import calibration
+from .calibration import LayerwiseForward
+from .model_source import ModelSource
+
+STORED_BYTES = 8 << 30
+LOGIT_TOKENS = 512  # of a head's backward pass: bounds the memory of a large vocabulary
+
+
+@dataclass
+class OutputGradients:
+    """``outputs``: E[g_i^2] for every output i of every linear layer that a token reached, by the layer's name,
+    float32 [out_features]. ``tokens``: for every tensor that linear layers read, by the name of the first one that
+    does (q of q, k and v), the sum over these layers of the mean of g^2 over their outputs, float32 [tokens]; only
+    where the layers see every token (not experts).
+    """
+
+    outputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    tokens: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def to_tensors(self) -> dict[str, torch.Tensor]:
+        """Return both as one dictionary, to be stored."""
+        return {
+            f"{kind}/{name}": tensor
+            for kind, tensors in (("outputs", self.outputs), ("tokens", self.tokens))
+            for name, tensor in sorted(tensors.items())
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> "OutputGradients":
+        """Return what ``to_tensors`` was called for."""
+        result = cls()
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition("/")
+            getattr(result, kind)[name] = tensor
+        return result
+
+    def token_weights(self) -> dict[str, torch.Tensor]:
+        """Return the weight of every token in the Hessian of a layer's input, of mean 1, float32 [tokens].
+
+        It is the root of the mean square of g. The squares themselves would make the Hessian that of the KL divergence
+        (GuidedQuant, Kim et al. 2025), but g comes from one drawn y and a few tokens would outweigh all others;
+        measured, the root is better (docs/quantizer.md).
+
+        Raises:
+            PVQError: a gradient is not finite.
+        """
+        weights = {}
+        for name, squares in self.tokens.items():
+            root = squares.sqrt()
+            mean = root.mean()
+            if not mean.isfinite():
+                raise PVQError(
+                    f"the gradients of the calibration data overflow at {name}: use another text, or --token-weights "
+                    "uniform"
+                )
+            if mean > 0:
+                weights[name] = root / mean
+        return weights
+
+
+def output_gradients(
+    source: ModelSource,
+    tokens: torch.Tensor,
+    seed: int,
+    device: str,
+    progress: Callable[[str], None] = lambda description: None,
+) -> OutputGradients:
+    """Return the squares of g over all positions of ``tokens``.
+
+    Args:
+        tokens: int64 [sequences, length].
+        seed: of the labels y.
+    Raises:
+        PVQError: the model has no head.
+    """
+    if source.head_name is None:
+        raise PVQError(f"{source.folder}: the model has no head, so nothing tells what its outputs are worth")
+    length = tokens.shape[1]
+    batch = max(1, calibration.BATCH_TOKENS // length)
+    hidden_size = source.skeleton.get_output_embeddings().weight.shape[1]
+    sequence_bytes = len(source.layers) * length * hidden_size * 4
+    slices = tokens.split(max(1, STORED_BYTES // sequence_bytes // batch) * batch)
+    generator = torch.Generator(device).manual_seed(seed % 2**63)
+    collected = _Squares(tokens.numel())
+    for index, part in enumerate(slices):
+        where = f" ({index + 1} of {len(slices)})" if len(slices) > 1 else ""
+        _backward(
+            source,
+            LayerwiseForward(source, part, device=device),
+            generator,
+            collected,
+            lambda text, where=where: progress(f"gradients{where}: {text}"),
+        )
+        collected.begin += part.numel()
+    return collected.result()
+
+
+class _Squares:
+    """Squares of gradients, added up. ``begin`` is the first token of the slice or batch that is under way."""
+
+    def __init__(self, num_tokens: int) -> None:
+        self.num_tokens, self.begin = num_tokens, 0
+        self._outputs: dict[str, torch.Tensor] = {}
+        self._tokens: dict[str, torch.Tensor] = {}
+
+    def add(self, name: str, leader: str, begin: int, batch_tokens: int, gradient: torch.Tensor) -> None:
+        squares = gradient.float().square().flatten(0, -2)
+        total = squares.sum(dim=0)
+        self._outputs[name] = self._outputs[name] + total if name in self._outputs else total
+        if len(squares) == batch_tokens:
+            if leader not in self._tokens:
+                self._tokens[leader] = torch.zeros(self.num_tokens, device=squares.device)
+            self._tokens[leader][begin : begin + batch_tokens] += squares.mean(dim=1)
+
+    def result(self) -> OutputGradients:
+        outputs = {name: (total / self.num_tokens).cpu() for name, total in sorted(self._outputs.items())}
+        return OutputGradients(outputs, {name: total.cpu() for name, total in sorted(self._tokens.items())})
+
+
+def _backward(
+    source: ModelSource,
+    forward: LayerwiseForward,
+    generator: torch.Generator,
+    collected: _Squares,
+    progress: Callable[[str], None],
+) -> None:
+    """Send the batches of ``forward`` through all layers and back."""
+    depth = len(source.layers)
+    inputs: list[list[torch.Tensor]] = []
+    for layer in range(depth):
+        inputs.append([hidden.cpu() for hidden in forward.hidden])
+        with forward.loaded(layer):
+            forward.advance(layer)
+        progress(f"forward through layer {layer + 1} of {depth}")
+    gradients = _head_gradients(forward, generator)
+    for layer in reversed(range(depth)):
+        with forward.loaded(layer) as module:
+            prefix = f"{source.layers_name}.{layer}."
+            begin = collected.begin
+            for index, stored in enumerate(inputs.pop()):
+                hidden = stored.to(forward.device).requires_grad_()
+                batch_tokens = hidden.shape[0] * hidden.shape[1]
+                leaders: dict[int, tuple[torch.Tensor, str]] = {}
+                hooks = [
+                    module.get_submodule(name.removeprefix(prefix)).register_forward_hook(
+                        _square(name, leaders, collected, begin, batch_tokens)
+                    )
+                    for name in source.linear_names(layer)
+                ]
+                output = forward.run_layer(layer, hidden, gradient=True)
+                for hook in hooks:
+                    hook.remove()
+                output.backward(gradients[index])
+                gradients[index] = hidden.grad
+                begin += batch_tokens
+        progress(f"backward through layer {layer + 1} of {depth}")
+
+
+def _square(
+    name: str,
+    leaders: dict[int, tuple[torch.Tensor, str]],
+    collected: _Squares,
+    begin: int,
+    batch_tokens: int,
+) -> Callable:
+    """Return a forward hook that adds g^2 to ``collected`` in the backward pass. ``leaders``: the first module to
+    read a tensor, by the tensor's id; the tensors are kept so that no id is used again.
+    """
+
+    def hook(_module, args: tuple, output: torch.Tensor) -> None:
+        leader = leaders.setdefault(id(args[0]), (args[0], name))[1]
+        if output.requires_grad:
+            output.register_hook(lambda gradient: collected.add(name, leader, begin, batch_tokens, gradient))
+
+    return hook
+
+
+def _head_gradients(forward: LayerwiseForward, generator: torch.Generator) -> list[torch.Tensor]:
+    """Return the gradient for the output of the last layer, for every batch; dlogits = p - onehot(y)."""
+    result = []
+    with forward.head_loaded():
+        for batch in forward.hidden:
+            flat = batch.reshape(1, -1, batch.shape[-1])
+            parts = []
+            for part in flat.split(LOGIT_TOKENS, dim=1):
+                final = part.detach().clone().requires_grad_()
+                logits = forward.logits(final)
+                gradient = logits.detach()[0].float().softmax(dim=-1)
+                drawn = torch.multinomial(gradient, 1, generator=generator)
+                gradient.scatter_add_(1, drawn, torch.full_like(drawn, -1, dtype=gradient.dtype))
+                logits.backward(gradient[None].to(logits.dtype))
+                parts.append(final.grad)
+            result.append(torch.cat(parts, dim=1).reshape(batch.shape))
+    return result

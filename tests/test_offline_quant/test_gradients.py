@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Squares of gradients against autograd on the whole model, and the weights of tokens that follow from them."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from offline_quant import calibration, gradients
+from offline_quant.calibration import LayerwiseForward
+from offline_quant.calibration_data import calibration_tokens
+from offline_quant.gradients import OutputGradients, output_gradients
+from offline_quant.hessian import HessianSum
+from offline_quant.model_source import ModelSource
+from pvq_vllm.codec.errors import PVQError
+
+LEADERS = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+
+
+@pytest.fixture(autouse=True)
+def small_batches_in_float32(monkeypatch):
+    monkeypatch.setattr(calibration, "BATCH_TOKENS", 128)
+    monkeypatch.setattr(calibration, "forward_dtype", lambda device="cpu": torch.float32)
+    monkeypatch.setattr(gradients, "LOGIT_TOKENS", 48)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3-tied"])
+@pytest.mark.parametrize("stored_bytes", [1, 1 << 30])  # a slice for each batch, and one slice
+def test_squares_equal_those_of_the_whole_model(tiny_model_folder, monkeypatch, name, stored_bytes):
+    source = ModelSource.open(tiny_model_folder(name))
+    ids = calibration_tokens(source.folder, "builtin", 5, 64)
+    monkeypatch.setattr(gradients, "STORED_BYTES", stored_bytes)
+    # The labels are drawn; here the most likely ones, so that both sides have the same.
+    monkeypatch.setattr(torch, "multinomial", lambda p, count, generator: p.argmax(dim=-1, keepdim=True))
+    found = output_gradients(source, ids, 0, "cpu")
+
+    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
+    outputs: dict[str, torch.Tensor] = {}
+    tokens: dict[str, torch.Tensor] = {}
+
+    def record(key: str):
+        parent, _, leaf = key.rpartition(".")
+        leader = f"{parent}.{LEADERS.get(leaf, leaf)}"
+
+        def keep(g: torch.Tensor) -> None:
+            outputs[key] = g.square().mean(dim=(0, 1))
+            tokens[leader] = tokens.get(leader, 0) + g.square().mean(dim=2).flatten()
+
+        return lambda _module, _inputs, output: output.register_hook(keep) and None
+
+    for module_name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and "layers" in module_name:
+            module.register_forward_hook(record(module_name))
+    log_p = model(ids).logits.log_softmax(-1)
+    (-log_p.max(dim=-1).values.sum()).backward()
+    assert set(found.outputs) == set(outputs) and len(outputs) == 14
+    assert set(found.tokens) == set(tokens) and len(tokens) == 8
+    for key in outputs:
+        torch.testing.assert_close(found.outputs[key], outputs[key], rtol=1e-3, atol=1e-9)
+    for key in tokens:
+        torch.testing.assert_close(found.tokens[key], tokens[key], rtol=1e-3, atol=1e-9)
+    assert all(parameter.is_meta for parameter in source.skeleton.parameters())
+
+
+def test_drawn_labels_follow_the_seed(tiny_llama):
+    source = ModelSource.open(tiny_llama)
+    ids = calibration_tokens(tiny_llama, "builtin", 2, 64)
+    first, again, other = (output_gradients(source, ids, seed, "cpu").outputs for seed in (1, 1, 2))
+    name = "model.layers.0.mlp.up_proj"
+    assert torch.equal(first[name], again[name]) and not torch.equal(first[name], other[name])
+
+
+def test_what_is_stored_comes_back():
+    before = OutputGradients({"a.b": torch.rand(3)}, {"a.b": torch.rand(5), "c": torch.rand(5)})
+    after = OutputGradients.from_tensors(before.to_tensors())
+    assert after.outputs.keys() == before.outputs.keys() and after.tokens.keys() == before.tokens.keys()
+    assert torch.equal(after.outputs["a.b"], before.outputs["a.b"])
+    assert torch.equal(after.tokens["c"], before.tokens["c"])
+
+
+def test_weights_are_roots_of_mean_one():
+    squares = torch.tensor([0.0, 1.0, 4.0, 25.0])
+    weights = OutputGradients(tokens={"a": squares, "silent": torch.zeros(4)}).token_weights()
+    assert set(weights) == {"a"}  # where nothing matters, all tokens count alike
+    torch.testing.assert_close(weights["a"], torch.tensor([0.0, 0.5, 1.0, 2.5]))
+
+
+def test_gradients_that_overflow_are_an_error():
+    with pytest.raises(PVQError, match="--token-weights uniform"):
+        OutputGradients(tokens={"a": torch.tensor([1.0, torch.inf])}).token_weights()
+
+
+def test_hessian_counts_tokens_by_their_weights():
+    generator = torch.Generator().manual_seed(0)
+    x, weights = torch.randn(6, 16, generator=generator), torch.rand(6, generator=generator)
+    total = HessianSum(16)
+    total.add(x[:4].reshape(2, 2, 16), weights[:4])
+    total.add(x[4:], weights[4:])
+    torch.testing.assert_close(total.mean(), (x.T * weights) @ x / 6)
+
+
+def test_every_batch_gets_its_own_weights(tiny_llama):
+    """A weight of zero for all tokens but those of one sequence leaves the Hessian of this sequence."""
+    source = ModelSource.open(tiny_llama)
+    ids = calibration_tokens(tiny_llama, "builtin", 5, 64)
+    name = "model.layers.0.self_attn.q_proj"
+    weights = torch.zeros(5, 64)
+    weights[3] = 5
+    with (forward := LayerwiseForward(source, ids)).loaded(0):
+        weighted = forward.collect(0, source.linear_names(0), {name: weights.flatten()})
+        plain = forward.collect(0, source.linear_names(0))
+    with (forward := LayerwiseForward(source, ids[3:4])).loaded(0):
+        alone = forward.collect(0, source.linear_names(0))
+    torch.testing.assert_close(weighted[name].mean(), alone[name].mean(), rtol=1e-4, atol=1e-5)
+    assert weighted["model.layers.0.self_attn.v_proj"] is weighted[name]
+    other = "model.layers.0.mlp.down_proj"
+    assert torch.equal(weighted[other].total, plain[other].total)
