@@ -4,10 +4,11 @@
 from server import metrics
 from server.asgi import App, Receive, Scope, Send, header, send_error
 from server.keys import KeyStore
+from server.routes import page
 
-OPEN_PATHS = frozenset({"/", "/page.css", "/page.js", "/health", "/ready", "/metrics", "/ping"})
-"""The page and what it is made of, and what load balancers and Prometheus ask; everything else asks for a key,
-vLLM's routes outside /v1 too, which its own check leaves open."""
+OPEN_PATHS = page.PATHS | {"/health", "/ready", "/metrics", "/ping"}
+"""The page, and what load balancers and Prometheus ask; everything else asks for a key, vLLM's routes outside /v1
+too, which its own check leaves open."""
 
 
 class Authentication:

@@ -56,6 +56,7 @@ class Backend:
         self.info: dict[str, Any] = INFO
         self.names = ["smollm2"]
         self.pace_s = 0.02  # between two tokens
+        self.hold_at: int | None = None  # tokens, then it waits until this is None again
         self.refusal: tuple[int, dict[str, Any], dict[str, str]] | None = None
         self.break_after: int | None = None  # tokens, then the connection ends
         self.error_after: int | None = None  # tokens, then an error event
@@ -113,6 +114,8 @@ def make_app(backend: Backend) -> FastAPI:
     async def stream(chat: bool):
         try:
             for index, text in enumerate(ANSWER):
+                while index == backend.hold_at:
+                    await asyncio.sleep(0.01)
                 if index == backend.break_after:
                     raise ConnectionError("broken by the test")
                 if index == backend.error_after:

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page at /: its three files as they are served, without a browser. test_page_browser.py uses it."""
+"""The page at /: its files as they are served, without a browser. test_page_browser.py uses it."""
 
 import re
 from html.parser import HTMLParser
 
 import pytest
 
-from server.routes.page import FOLDER, HEADERS
+from server.routes.page import FOLDER, HEADERS, PATHS
 from tests.test_server.page_backend import RECORDED
 
-FILES = {"/": "text/html", "/page.css": "text/css", "/page.js": "text/javascript"}
-HTML, CSS, JS = ((FOLDER / name).read_text(encoding="utf-8") for name in ("page.html", "page.css", "page.js"))
+TYPES = {"/": "text/html", ".css": "text/css", ".js": "text/javascript"}
+HTML, CSS = ((FOLDER / name).read_text(encoding="utf-8") for name in ("page.html", "page.css"))
+SCRIPTS = {path.name: path.read_text(encoding="utf-8") for path in FOLDER.glob("*.js")}
+JS = "\n".join(SCRIPTS.values())
 
 
 class Elements(HTMLParser):
@@ -40,17 +42,30 @@ class Elements(HTMLParser):
             self.text[self._open[-1]] = self.text.get(self._open[-1], "") + data.strip()
 
 
-@pytest.mark.parametrize("path", FILES)
+@pytest.mark.parametrize("path", sorted(PATHS))
 @pytest.mark.parametrize("keys", [[], ["a key"]])
-def test_the_three_files_are_served_to_all_with_the_policy(app_client, path, keys):
+def test_the_files_are_served_to_all_with_the_policy(app_client, path, keys):
     client = app_client(keys)
     answer = client.get(path)
-    assert answer.status_code == 200 and answer.headers["content-type"].startswith(FILES[path])
-    assert len(answer.content) > 1000
+    kind = TYPES["/" if path == "/" else path[path.rindex(".") :]]
+    assert answer.status_code == 200 and answer.headers["content-type"].startswith(kind)
+    assert answer.text in (HTML, CSS, *SCRIPTS.values())
     for name, value in HEADERS.items():
         assert answer.headers[name] == value
     head = client.head(path)
     assert head.status_code == 200 and head.content == b"" and head.headers["etag"] == answer.headers["etag"]
+
+
+def test_nothing_else_is_served_from_the_folder_of_the_page(app_client):
+    assert len(PATHS) == 2 + len(SCRIPTS)
+    for name in ("page.html", "nosuch.js", "..%2Fauth.py"):
+        assert app_client([]).get(f"/page/{name}").status_code == 404
+        assert app_client(["a key"]).get(f"/page/{name}").status_code == 401
+
+
+def test_every_module_is_imported_and_none_is_missing():
+    imported = re.findall(r'from "\./([^"]+)"', JS)
+    assert {*imported, "page.js"} == set(SCRIPTS) and 'src="page/page.js"' in HTML
 
 
 def test_with_a_key_the_page_is_open_and_its_data_is_not(app_client):

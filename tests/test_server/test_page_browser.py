@@ -115,7 +115,8 @@ def test_figures_come_from_the_metrics(page, backend):
 def test_quantiles_are_those_of_prometheus(page):
     found = page.evaluate(
         """async () => {
-          const { parseMetrics, quantile, duration } = await import("./page.js");
+          const { parseMetrics, quantile } = await import("./page/prometheus.js");
+          const { duration } = await import("./page/numbers.js");
           const buckets = [[0.1, 10], [0.2, 10], [0.4, 90], [Infinity, 100]];
           const [sample] = parseMetrics('# x\\nm_bucket{le="+Inf",a="q\\\\"}, b"} 5\\nnot a sample\\nm NaN').get("m_bucket");
           return [quantile(0.05, buckets), quantile(0.5, buckets), quantile(0.99, buckets) === Infinity,
@@ -139,11 +140,12 @@ def test_percentiles_of_the_last_minute_replace_those_since_the_start(page, back
 
 
 def test_an_answer_is_streamed(page, backend):
-    backend.pace_s = 0.3
+    backend.hold_at = 2
     shows(page, "#state", "Ready")
     page.get_by_role("button", name="Send").click()
     expect(page.locator("#text")).to_have_text("The capital", timeout=LATER_MS)  # not yet the whole
     expect(page.get_by_role("region", name="Answer")).to_have_attribute("aria-busy", "true")
+    backend.hold_at = None
     shows(page, "#text", "The capital of France is Paris.")
     expect(page.locator("#outcome")).to_have_text(
         re.compile(r"^7 tokens in .* s, first token after .* tokens/s\.$")
@@ -166,7 +168,7 @@ def test_plain_text_goes_to_completions(page, backend):
 
 
 def test_stop_ends_the_answer_at_the_server_too(page, backend):
-    backend.pace_s = 1.0
+    backend.hold_at = 1
     page.get_by_role("button", name="Send").click()
     expect(page.locator("#text")).to_have_text("The", timeout=LATER_MS)
     page.get_by_role("button", name="Stop").click()
@@ -180,7 +182,7 @@ def test_stop_ends_the_answer_at_the_server_too(page, backend):
 
 
 def test_by_keyboard_alone(page, backend):
-    backend.pace_s = 1.0
+    backend.hold_at = 1
     shows(page, "#name", "smollm2")
     page.keyboard.press("Tab")
     expect(page.get_by_role("link", name="Skip to the prompt")).to_be_focused()
