@@ -12,12 +12,13 @@ import asyncio
 import contextlib
 import importlib
 import logging
+import multiprocessing.util
 import os
 import resource
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 import uvloop
@@ -183,12 +184,33 @@ def _sentence(error: BaseException) -> str:
     return text if len(text) <= 300 else text[:297] + "..."
 
 
+@contextlib.contextmanager
+def _children_do_not_hear(number: signal.Signals) -> Iterator[None]:
+    """Block a signal in the processes that multiprocessing starts meanwhile: they inherit the mask, and nobody lifts it."""
+    spawn = multiprocessing.util.spawnv_passfds
+
+    def spawn_with_mask(*args: Any) -> int:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+        try:
+            return spawn(*args)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
+
+    multiprocessing.util.spawnv_passfds = spawn_with_mask
+    try:
+        yield
+    finally:
+        multiprocessing.util.spawnv_passfds = spawn
+
+
 @contextlib.asynccontextmanager
 async def _engine(args: argparse.Namespace) -> AsyncIterator[Any]:
     """Start vLLM's engine; ServerError if it does not start."""
     async with contextlib.AsyncExitStack() as stack:
         try:
-            client = await stack.enter_async_context(_from_vllm("build_async_engine_client")(args))
+            # A terminal sends Ctrl-C to all processes, and the engine's would drop the running requests.
+            with _children_do_not_hear(signal.SIGINT):
+                client = await stack.enter_async_context(_from_vllm("build_async_engine_client")(args))
         except (ValueError, OSError, NotImplementedError) as error:
             raise ServerError(
                 f"vLLM refuses {args.model} ({_sentence(error)}): change the flags or the model"
@@ -241,7 +263,7 @@ async def _watch_engine(client: Any, drain: Drain) -> None:
     """Return when the engine has died, after the end of the server has begun."""
     while not client.errored:
         await asyncio.sleep(_ENGINE_CHECK_INTERVAL_S)
-    drain.start(Phase.FAILED, _FAILED_TIMEOUT_S)
+    drain.fail(_FAILED_TIMEOUT_S)
 
 
 async def _serve(
@@ -289,6 +311,8 @@ class _Unstoppable:
 
 
 def _interrupt(number: int, _frame: object) -> None:
+    """End the process while the model is loading, at once: asyncio's own handler would wait for the next await."""
+    print("pvq: stopped while the model was loading", file=sys.stderr)
     raise SystemExit(128 + number)
 
 
@@ -315,7 +339,9 @@ def run(
     """
     logs.configure(settings.log_format)
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the keys have not been read yet; it would end the process
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(
         resource.RLIMIT_NOFILE,
@@ -335,16 +361,12 @@ def run(
         ):
             if getattr(args, plugin, None):
                 getattr(_from_vllm(manager), method)(getattr(args, plugin))
-        try:
-            uvloop.run(_serve(args, settings, keys, state, loading, listener))
-        except KeyboardInterrupt:
-            print("pvq: stopped while the model was loading", file=sys.stderr)
-            return 130
+        uvloop.run(_serve(args, settings, keys, state, loading, listener))
         if state.phase is not Phase.FAILED:
             return 0
         logger.error("the engine died")
         end_children()
-        if settings.on_engine_death == "restart":
+        if settings.on_engine_death == "restart" and not state.told_to_end:
             if len(recent(restarts)) < settings.max_restarts:
                 restart(listener, restarts)
             logger.error("%d restarts within %g s: giving up", len(recent(restarts)), WINDOW_S)

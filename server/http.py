@@ -115,15 +115,23 @@ class Drain:
         self._server, self._state, self._timeout_s = server, state, timeout_s
         self._task: asyncio.Task[None] | None = None
 
-    def start(self, phase: Phase = Phase.DRAINING, timeout_s: float | None = None) -> None:
+    def start(self) -> None:
         """Begin; a second call stops at once, without waiting for anything that still runs."""
         if self._task is not None:
             self._server.force_exit = self._server.should_exit = True
             return
+        self._begin(Phase.DRAINING, self._timeout_s)
+
+    def fail(self, timeout_s: float) -> None:
+        """The engine has died: give the clients ``timeout_s`` to take their errors, also if it drains already."""
+        if self._task is not None:
+            self._task.cancel()
+        self._begin(Phase.FAILED, timeout_s)
+
+    def _begin(self, phase: Phase, timeout_s: float) -> None:
         self._state.enter(phase)
-        wait_s = self._timeout_s if timeout_s is None else timeout_s
-        logger.info("%s: %d requests run and have %g s", phase.value, self._state.running, wait_s)
-        self._task = asyncio.get_running_loop().create_task(self._stop_when_empty(wait_s))
+        logger.info("%s: %d requests run and have %g s", phase.value, self._state.running, timeout_s)
+        self._task = asyncio.get_running_loop().create_task(self._stop_when_empty(timeout_s))
 
     async def _stop_when_empty(self, wait_s: float) -> None:
         loop = asyncio.get_running_loop()

@@ -21,10 +21,11 @@ class ServerState:
 
     Attributes:
         running: HTTP requests that have begun and not ended, probes not counted.
+        told_to_end: whether it has been in DRAINING; a server that fails then must not start again.
     """
 
     def __init__(self) -> None:
-        self.running = 0
+        self.running, self.told_to_end = 0, False
         self.started_at = time.monotonic()
         self._phase = Phase.LOADING
         metrics.READY.set(0)
@@ -36,6 +37,7 @@ class ServerState:
 
     def enter(self, phase: Phase) -> None:
         """Go to ``phase``; a server that has failed stays failed."""
+        self.told_to_end |= phase is Phase.DRAINING
         if self._phase is not Phase.FAILED:
             self._phase = phase
         metrics.READY.set(self._phase is Phase.READY)

@@ -199,7 +199,9 @@ def start_server(tiny_llama, tmp_path_factory):
         command += ["--served-model-name", "tiny", "--max-model-len", "512", "--enforce-eager", *flags]
         environment = dict(os.environ, PVQ_API_KEY=Served.key, PVQ_CPU_KV_CACHE_GIB="1", HF_HUB_OFFLINE="1")
         with open(log_path, "w") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
         try:
             yield Served(process, f"http://127.0.0.1:{port}", log_path)
         finally:

@@ -200,7 +200,8 @@ def test_a_head_without_end_is_refused(start):
 def test_one_connection_too_many_is_told_so(start):
     server = start(max_connections=2)
     with server.connect(), server.connect(), server.connect() as third:
-        assert status_and_code(read_all(third)) == (503, "too_many")
+        answer = read_all(third)
+        assert status_and_code(answer) == (503, "too_many") and b"\r\nretry-after: 1\r\n" in answer
 
 
 def test_a_client_that_does_not_read_is_dropped_and_its_request_ends(start):
@@ -284,6 +285,25 @@ def test_draining_ends_in_time_or_at_once_when_asked_twice(start, calls):
             server.loop.call_soon_threadsafe(server.drain.start)
         server.thread.join(10)
         assert not server.thread.is_alive() and time.monotonic() - started < 8
+
+
+@pytest.mark.parametrize("draining", [False, True])
+def test_a_dead_engine_gives_clients_a_moment_and_ends_a_drain_too(start, draining):
+    server = start(drain_timeout_s=60)
+    with server.connect() as connection:
+        connection.sendall(b"GET /wait HTTP/1.1\r\nHost: x\r\n\r\n")
+        connection.recv(1000)
+        if draining:
+            server.loop.call_soon_threadsafe(server.drain.start)
+        server.loop.call_soon_threadsafe(server.drain.fail, 1.0)
+        while server.state.phase is not Phase.FAILED:
+            time.sleep(0.01)
+        assert server.state.told_to_end is draining  # then it must not be restarted
+        assert not server.server.should_exit
+        server.app.go.set()  # the request ends with its error
+        assert read_all(connection).endswith(b"last\n\r\n0\r\n\r\n")
+        server.thread.join(5)
+        assert not server.thread.is_alive()
 
 
 def test_the_port_answers_while_the_model_loads_and_passes_to_the_server_that_follows():

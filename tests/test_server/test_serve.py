@@ -156,6 +156,35 @@ def test_a_dead_engine_ends_the_process_with_1(start_server):
         assert "the engine died" in server.log()
 
 
+def test_ctrl_c_in_a_terminal_lets_the_running_requests_end(start_server):
+    """A terminal sends it to the engine's processes too."""
+    with start_server("--on-engine-death", "restart") as server:
+        server.wait_until_ready()
+        headers = {"Authorization": f"Bearer {server.key}"}
+        with httpx.Client(base_url=server.url, headers=headers, timeout=60) as client:
+            with client.stream("POST", "/v1/completions", json={**STREAM, "n": 8}) as stream:
+                lines = stream.iter_lines()
+                next(lines)
+                os.killpg(server.process.pid, signal.SIGINT)
+                ready = client.get("/ready")
+                assert ready.status_code == 503 and "shutting down" in ready.text
+                events = [line.removeprefix("data: ") for line in lines if line]
+            assert events[-1] == "[DONE]" and "error" not in events[-2]
+            ends = [json.loads(event)["choices"][0]["finish_reason"] for event in events[:-1]]
+            assert ends.count("length") == 8
+        assert server.process.wait(60) == 0, server.log()
+
+
+def test_ctrl_c_while_the_model_loads_ends_the_server(start_server):
+    with start_server() as server:
+        while "Initializing a V1 LLM engine" not in server.log_path.read_text():
+            assert server.process.poll() is None, server.log()
+            time.sleep(0.1)
+        os.killpg(server.process.pid, signal.SIGINT)
+        assert server.process.wait(30) == 130, server.log()
+        assert "stopped while the model was loading" in server.log_path.read_text()
+
+
 def test_a_dead_engine_is_restarted_and_sigterm_lets_the_running_request_end(start_server):
     with start_server("--on-engine-death", "restart", "--drain-timeout-s", "60") as server:
         server.wait_until_ready()
