@@ -13,7 +13,7 @@ app.py       adds this project's routes (routes/) to the app that vLLM builds
 bench/       the load test ``pvq bench``
 
 A request passes, from the outside: connection.py (slow clients), access.py (id, log line, metrics), gate.py (503 while
-not ready), auth.py with keys.py, admission.py with body.py and prompts.py (what the engine can carry),
-disconnect.py (clients that leave), vLLM's app.
+not ready), auth.py with keys.py, admission.py with body.py, prompts.py (what the engine can carry) and unusable.py (what vLLM
+would break on), disconnect.py (clients that leave), vLLM's app.
 state.py says what the server is doing, metrics.py counts, logs.py writes, asgi.py has what the middleware share.
 """

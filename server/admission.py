@@ -14,10 +14,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from server import metrics
-from server.asgi import App, Receive, Scope, Send, send_error
-from server.body import BadJSON, Disconnected, TooLarge, declared_length, is_json, parse, read_body
+from server.asgi import App, Receive, Refused, Scope, Send, send_error
+from server.body import Disconnected, declared_length, is_json, parse, read_body
 from server.disconnect import run_while_connected
 from server.prompts import count_sequences, longest_prompt_tokens, output_tokens
+from server.unusable import check
 
 _BUFFERED_BODIES = 32
 """Bodies of the largest size that may be in memory before they are admitted."""
@@ -37,16 +38,6 @@ class Limits:
     requests_per_minute: int | None = None
     prompt_tokens: int | None = None
     output_tokens: int | None = None
-
-
-class Refused(Exception):
-    """A request that is not admitted: status, message, code, the parameter at fault and seconds to wait."""
-
-    def __init__(
-        self, status: int, code: str, message: str, param: str | None = None, retry_after_s: int = 1
-    ) -> None:
-        super().__init__(message)
-        self.status, self.code, self.param, self.retry_after_s = status, code, param, retry_after_s
 
 
 class _Rate:
@@ -89,22 +80,21 @@ class Admission:
                 raise Refused(429, "requests_per_minute", text, retry_after_s=int(wait_s) + 1)
             with self._buffer(scope):
                 body = await read_body(scope, receive, self.limits.body_bytes)
-                request = _checked(body) if is_json(scope) else None
+                # Clients name the type of a body that is not there, too: /v1/responses/ID/cancel has none.
+                request = parse(body) if body and is_json(scope) else None
+            check(request)
             await self._check_lengths(scope, request, len(body))
             admitted = self._admitted(count_sequences(request), key)
         except Refused as refusal:
             metrics.REJECTED.labels(refusal.code).inc()
-            wait = [(b"retry-after", str(refusal.retry_after_s).encode())] if refusal.status == 429 else []
             await send_error(
-                send, refusal.status, str(refusal), refusal.code, param=refusal.param, headers=wait
+                send,
+                refusal.status,
+                str(refusal),
+                refusal.code,
+                param=refusal.param,
+                retry_after_s=refusal.retry_after_s,
             )
-        except TooLarge:
-            metrics.REJECTED.labels("body_too_large").inc()
-            text = f"the body is larger than {self.limits.body_bytes} bytes: send less"
-            await send_error(send, 413, text, "body_too_large")
-        except BadJSON as error:
-            metrics.REJECTED.labels("bad_json").inc()
-            await send_error(send, 400, str(error), "bad_json")
         except Disconnected:
             return
         else:
@@ -170,27 +160,3 @@ class Admission:
         self._running_of[key] += sequences
         metrics.SEQUENCES.set(self._running)
         return self._hold(sequences, key)
-
-
-def _checked(body: bytes) -> Any:
-    """Return the JSON value of ``body`` after the checks that vLLM lacks (it answers 500)."""
-    request = parse(body)
-    if isinstance(request, dict):
-        constraint = request.get("structured_outputs")
-        if constraint is not None and not isinstance(constraint, dict):
-            raise Refused(400, "invalid_type", "structured_outputs must be an object", "structured_outputs")
-        messages = request.get("input")
-        for message in messages if isinstance(messages, list) else ():
-            if isinstance(message, dict) and "role" in message and not _has_content(message):
-                text = "a message of input has no content, or is the assistant's and not of text"
-                raise Refused(400, "unusable_content", f"{text}: give it a text", "input")
-    return request
-
-
-def _has_content(message: dict[str, Any]) -> bool:
-    content = message.get("content")
-    if not isinstance(content, list):
-        return True
-    if message["role"] == "assistant":
-        return bool(content) and all(isinstance(one, dict) and "text" in one for one in content)
-    return bool(content)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The few pieces of ASGI that the middleware share: types, answers in OpenAI's error shape, headers."""
+"""The few pieces of ASGI that the middleware share: types, answers in OpenAI's error shape, headers, refusals."""
 
 import json
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
@@ -14,12 +14,25 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
+    404: "invalid_request_error",
     408: "invalid_request_error",
     413: "invalid_request_error",
     429: "rate_limit_error",
     431: "invalid_request_error",
     503: "service_unavailable_error",
 }
+
+
+class Refused(Exception):
+    """A request that is not let in: status, code, message, the parameter at fault, and seconds to wait where a later
+    try may succeed.
+    """
+
+    def __init__(
+        self, status: int, code: str, message: str, param: str | None = None, retry_after_s: int = 1
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.param, self.retry_after_s = status, code, param, retry_after_s
 
 
 def error_body(status: int, message: str, code: str, param: str | None = None) -> bytes:
@@ -56,10 +69,11 @@ async def send_error(
     code: str,
     *,
     param: str | None = None,
+    retry_after_s: int = 1,
     headers: Iterable[tuple[bytes, bytes]] = (),
 ) -> None:
     """Send ``error_body``; with Retry-After where a later try may succeed."""
     fields = list(headers)
-    if status in (429, 503) and not any(name == b"retry-after" for name, _ in fields):
-        fields.append((b"retry-after", b"1"))
+    if status in (429, 503):
+        fields.append((b"retry-after", str(retry_after_s).encode()))
     await send_bytes(send, status, error_body(status, message, code, param), fields)

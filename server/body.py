@@ -5,7 +5,7 @@ import json
 import re
 from typing import Any
 
-from server.asgi import Receive, Scope, header
+from server.asgi import Receive, Refused, Scope, header
 
 MAX_JSON_DEPTH = 64
 """Deepest nesting of lists and objects; deeper bodies end in a RecursionError in the code behind."""
@@ -13,14 +13,6 @@ MAX_JSON_DEPTH = 64
 _INTEGER_LIMIT = 2**63
 _MANY_DIGITS = re.compile(rb"[0-9]{19}")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-
-
-class TooLarge(Exception):
-    """The body is longer than allowed."""
-
-
-class BadJSON(Exception):
-    """The body is not JSON that can be used; the message says why."""
 
 
 class Disconnected(Exception):
@@ -37,11 +29,12 @@ async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
     """Return the whole body.
 
     Raises:
-        TooLarge: it is, or says that it is, longer than ``max_bytes``; nothing more is kept in memory.
+        Refused: it is, or says that it is, longer than ``max_bytes``; nothing more is kept in memory.
         Disconnected: the client left.
     """
+    too_large = Refused(413, "body_too_large", f"the body is larger than {max_bytes} bytes: send less")
     if (declared_length(scope) or 0) > max_bytes:
-        raise TooLarge
+        raise too_large
     parts, size = [], 0
     while True:
         message = await receive()
@@ -50,7 +43,7 @@ async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
         part = message.get("body", b"")
         size += len(part)
         if size > max_bytes:
-            raise TooLarge
+            raise too_large
         parts.append(part)
         if not message.get("more_body", False):
             return parts[0] if len(parts) == 1 else b"".join(parts)
@@ -61,32 +54,36 @@ def is_json(scope: Scope) -> bool:
     return header(scope, b"content-type").partition(";")[0].strip().lower() == "application/json"
 
 
+def _bad_json(reason: str) -> Refused:
+    return Refused(400, "bad_json", f"the body {reason}")
+
+
 def _refuse_constant(name: str) -> Any:
-    raise BadJSON(f"{name} is not JSON: give a number")
+    raise _bad_json(f"holds {name}, which is not JSON: give a number")
 
 
 def parse(body: bytes) -> Any:
     """Return the value of the JSON text ``body``.
 
     Raises:
-        BadJSON: it is not JSON in UTF-8, is nested deeper than ``MAX_JSON_DEPTH``, or holds NaN, Infinity, half of a
+        Refused: it is not JSON in UTF-8, is nested deeper than ``MAX_JSON_DEPTH``, or holds NaN, Infinity, half of a
             surrogate pair or an integer that does not fit in 64 bits (which vLLM's messages between processes cannot carry).
     """
     try:
         value = json.loads(body.decode(), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
-        raise BadJSON(f"the body is not UTF-8 (byte {error.start})") from None
+        raise _bad_json(f"is not UTF-8 (byte {error.start})") from None
     except RecursionError:
-        raise BadJSON(f"the body is nested deeper than {MAX_JSON_DEPTH} levels") from None
+        raise _bad_json(f"is nested deeper than {MAX_JSON_DEPTH} levels") from None
     except ValueError as error:
-        raise BadJSON(f"the body is not JSON ({str(error)[:200]})") from None
+        raise _bad_json(f"is not JSON ({str(error)[:200]})") from None
     if body.count(b"[") + body.count(b"{") > MAX_JSON_DEPTH or _MANY_DIGITS.search(body):
         _check(value)
     if _SURROGATE.search(body):
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise BadJSON("the body holds half of a surrogate pair, which is no text") from None
+            raise _bad_json("holds half of a surrogate pair, which is no text") from None
     return value
 
 
@@ -96,7 +93,7 @@ def _check(value: Any) -> None:
         inner: list[Any] = []
         for item in level:
             if type(item) is int and not -_INTEGER_LIMIT <= item < _INTEGER_LIMIT:
-                raise BadJSON("the body holds an integer that does not fit in 64 bits")
+                raise _bad_json("holds an integer that does not fit in 64 bits")
             if type(item) is list:
                 inner += item
             elif type(item) is dict:
@@ -104,4 +101,4 @@ def _check(value: Any) -> None:
         if not inner:
             return
         level = inner
-    raise BadJSON(f"the body is nested deeper than {MAX_JSON_DEPTH} levels")
+    raise _bad_json(f"is nested deeper than {MAX_JSON_DEPTH} levels")

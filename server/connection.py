@@ -133,10 +133,9 @@ class Connection(HttpToolsProtocol):
         begun = not self._in_head and self.cycle is not None and self.cycle.response_started
         if (self._arriving or status == 503) and not begun:
             body = error_body(status, message, reason)
-            head = (
-                f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
-            )
-            self.transport.write(STATUS_LINE[status] + head.encode() + body)
+            head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n"
+            wait = "retry-after: 1\r\n" if status == 503 else ""
+            self.transport.write(STATUS_LINE[status] + f"{head}{wait}\r\n".encode() + body)
         self.transport.close()
         self.loop.call_later(self._limits.write_timeout_s, self.transport.abort)
 

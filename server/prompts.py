@@ -6,34 +6,47 @@ Only what is there is counted; whether the types are right is for vLLM to say.
 
 import asyncio
 import json
+import logging
 from collections.abc import Iterator
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from server.asgi import App, Message, Scope
 
+logger = logging.getLogger("pvq.server")
+
+_INTEGER = TypeAdapter(int)
 _OUTPUT_FIELDS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+_PROMPT_FIELDS = ("prompt", "messages", "input", "items")
+"""Fields with one prompt or a list of them; a prompt is a text or a list of tokens or messages."""
 
 
-def _number(value: Any, default: int) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) else default
+def whole_number(value: Any, default: int) -> int:
+    """Return the integer that vLLM reads from ``value``, for which "4" and 4.0 are 4; ``default`` if it is none."""
+    try:
+        return _INTEGER.validate_python(value)
+    except ValidationError:
+        return default
 
 
 def count_sequences(request: Any) -> int:
     """Return how many sequences ``request`` makes: prompts times the larger of n and best_of."""
     if not isinstance(request, dict):
         return 1
-    prompt, messages = request.get("prompt"), request.get("messages")
-    prompts = 1
-    if isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list)):
-        prompts = len(prompt)
-    elif isinstance(messages, list) and messages and isinstance(messages[0], list):
-        prompts = len(messages)
-    return prompts * max(1, _number(request.get("n"), 1), _number(request.get("best_of"), 1))
+    several = [
+        len(value)
+        for value in map(request.get, _PROMPT_FIELDS)
+        if isinstance(value, list) and value and isinstance(value[0], (str, list))
+    ]
+    answers = max(1, whole_number(request.get("n"), 1), whole_number(request.get("best_of"), 1))
+    return max(several, default=1) * answers
 
 
 def output_tokens(request: dict[str, Any]) -> tuple[str, int]:
     """Return the field that asks for most output tokens, and how many; 0 if none does."""
-    return max(((name, _number(request.get(name), 0)) for name in _OUTPUT_FIELDS), key=lambda pair: pair[1])
+    wanted = ((name, whole_number(request.get(name), 0)) for name in _OUTPUT_FIELDS)
+    return max(wanted, key=lambda pair: pair[1])
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -115,5 +128,11 @@ async def _tokenize(app: App, scope: Scope, question: dict[str, Any]) -> int:
         status = message.get("status", status)
         answer.extend(message.get("body", b""))
 
-    await app(inner, receive, send)
+    try:
+        await app(inner, receive, send)
+    except (
+        Exception
+    ):  # it has answered 500 before; what is wrong will show when the request itself comes to it
+        logger.warning("vLLM could not count the tokens of a request", exc_info=True)
+        return 0
     return int(json.loads(answer).get("count", 0)) if status == 200 else 0

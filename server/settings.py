@@ -113,9 +113,20 @@ class Settings(BaseSettings):
         return value
 
     @model_validator(mode="after")
-    def _tls_is_complete(self) -> "Settings":
+    def _tls_can_be_used(self) -> "Settings":
         if self.ssl_certfile is None and (self.ssl_keyfile or self.ssl_ca_certs):
             raise ValueError("--ssl-keyfile and --ssl-ca-certs need --ssl-certfile")
+        if self.ssl_certfile is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            try:
+                context.load_cert_chain(self.ssl_certfile, self.ssl_keyfile, password=lambda: "")
+                if self.ssl_ca_certs:
+                    context.load_verify_locations(self.ssl_ca_certs)
+            except OSError as error:  # ssl.SSLError is one
+                files = "--ssl-certfile, --ssl-keyfile and --ssl-ca-certs"
+                raise ValueError(
+                    f"{files} cannot be used ({error}): give PEM files that fit, the key without password"
+                ) from None
         return self
 
     @property

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is served: model, quantization, versions."""
 
+import functools
 import importlib.metadata
 import json
 import platform
@@ -27,16 +28,25 @@ def _versions() -> dict[str, str]:
     return found
 
 
+@functools.cache
+def _on_disk(model: str) -> tuple[dict[str, Any], int | None]:
+    """Return config.json and the size of the weights; nothing and None if ``model`` is no local folder. Read once: the disk
+    may be slow, and the model that is served does not change.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        return {}, None
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config, sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
 def facts(model: Any) -> dict[str, Any]:
-    """Return what is served, from vLLM's model configuration and the folder: the fields of ``Quantization``."""
-    folder = Path(model.model)
-    is_folder = folder.is_dir()
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) if is_folder else {}
-    files = folder.glob("*.safetensors") if is_folder else ()
+    """Return what is served, from vLLM's model configuration and the folder: fields of ``Info``."""
+    config, weight_bytes = _on_disk(str(model.model))
     return {
         "quantization": model.quantization,
         "quantization_config": quantization_facts(config),
-        "weight_bytes": sum(path.stat().st_size for path in files) if is_folder else None,
+        "weight_bytes": weight_bytes,
         "dtype": str(model.dtype).removeprefix("torch."),
         "architectures": list(getattr(model, "architectures", None) or config.get("architectures") or []),
     }

@@ -31,6 +31,22 @@ def test_models_lists_the_served_name_with_the_facts(client):
     assert model.pvq["weight_bytes"] > 100_000 and model.pvq["quantization"] is None
 
 
+def test_one_model_by_its_name(client):
+    import openai
+
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("nosuch")
+
+
+def test_cancelling_a_response_that_is_not_there_says_so(client):
+    """The client sends a content type and no body."""
+    import openai
+
+    with pytest.raises(openai.NotFoundError):
+        client.responses.cancel("resp_nosuch")
+
+
 def test_chat_answers_with_as_many_tokens_as_asked(client):
     reply = client.chat.completions.create(messages=HELLO, max_tokens=6, **GREEDY)
     assert reply.choices[0].finish_reason == "length" and reply.usage.completion_tokens == 6

@@ -114,6 +114,14 @@ def test_models_have_the_facts_beside_what_openai_has(app_client, model_folder):
     assert (facts["quantization"], facts["weight_bytes"], facts["dtype"]) == ("pvq", 1000, "bfloat16")
 
 
+def test_one_model_by_its_name(app_client):
+    client = app_client([])
+    assert client.get("/v1/models/demo").json() == client.get("/v1/models").json()["data"][0]
+    missing = client.get("/v1/models/no/such")
+    assert missing.status_code == 404 and missing.json()["error"]["code"] == "model_not_found"
+    assert app_client(["a key"]).get("/v1/models/demo").status_code == 401
+
+
 def test_info_tells_model_and_quantization_without_long_tables(app_client, model_folder):
     info = app_client([]).get("/pvq/info").json()
     assert info["model"] == str(model_folder) and info["served_names"] == ["demo"]

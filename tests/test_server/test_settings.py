@@ -108,6 +108,12 @@ def test_a_key_without_a_certificate_is_refused(tmp_path):
         load_settings(ssl_keyfile=str(tmp_path / "key.pem"))
 
 
+def test_a_certificate_that_is_none_is_named_before_anything_starts(tmp_path):
+    (tmp_path / "cert.pem").write_text("x")
+    with pytest.raises(ServerError, match=r"--ssl-certfile.* cannot be used"):
+        load_settings(ssl_certfile=str(tmp_path / "cert.pem"))
+
+
 @pytest.mark.parametrize("port", [0, 65536, -1])
 def test_ports_out_of_range_are_refused(port):
     with pytest.raises(ServerError, match="--port"):
