@@ -88,6 +88,13 @@ def quantize(
             "layer's at that token) or uniform."
         ),
     ] = "gradient",
+    tune_epochs: Annotated[
+        int,
+        typer.Option(
+            help="Passes over the calibration data that tune row scales and norms together, at the end; holds the base "
+            "and the quantized model in memory. 10 is enough."
+        ),
+    ] = 0,
     rotation: Annotated[
         str,
         typer.Option(
@@ -157,6 +164,7 @@ def quantize(
         calibration_sequences=calibration_sequences,
         calibration_length=calibration_length,
         token_weights=token_weights,
+        tune_epochs=tune_epochs,
         amplitude=amplitude,
         target_bpw=target_bpw,
         rates=tuple(rate or []),

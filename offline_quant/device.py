@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a run computes: on the CPU, or on one NVIDIA GPU."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from pvq_vllm import ops
@@ -28,3 +32,18 @@ def choose_device(device: str) -> str:
             raise
         return "cpu"
     return "cuda"
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Backward passes on a GPU that add in the same order every time, wherever torch has such kernels."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])

@@ -18,6 +18,7 @@ from pvq_vllm.codec.errors import PVQError
 
 from . import calibration
 from .calibration import LayerwiseForward
+from .device import deterministic
 from .model_source import ModelSource
 
 STORED_BYTES = 8 << 30
@@ -102,13 +103,14 @@ def output_gradients(
     collected = _Squares(tokens.numel())
     for index, part in enumerate(slices):
         where = f" ({index + 1} of {len(slices)})" if len(slices) > 1 else ""
-        _backward(
-            source,
-            LayerwiseForward(source, part, device=device),
-            generator,
-            collected,
-            lambda text, where=where: progress(f"gradients{where}: {text}"),
-        )
+        with deterministic():
+            _backward(
+                source,
+                LayerwiseForward(source, part, device=device),
+                generator,
+                collected,
+                lambda text, where=where: progress(f"gradients{where}: {text}"),
+            )
         collected.begin += part.numel()
     return collected.result()
 

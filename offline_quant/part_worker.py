@@ -122,6 +122,7 @@ class PartWorker:
         self._forward: LayerwiseForward | None = None
         self._weights: dict[str, torch.Tensor] = {}
         self._hessians = HessianCache()
+        self._read: tuple[int, dict[str, torch.Tensor]] | None = None  # the part that was read last
         self._passed = 0  # layers that the calibration batch has passed
 
     def order(self) -> Iterator[int]:
@@ -155,6 +156,16 @@ class PartWorker:
             report["group_power"] = amplitude_histogram.add(report["group_power"])
         report["seconds"] = time.perf_counter() - started
         self.writer.write_part(index, tensors, report)
+
+    def restored_weight(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what the stored codes of a module of a decoder layer stand for, [out_features, in_features] in its
+        dtype, and its row scales, float16 [out_features].
+        """
+        index = next(i for i, part in enumerate(self.parts) if name in part.modules)
+        if self._read is None or self._read[0] != index:
+            self._read = (index, self.writer.read_part(index))
+        stored = self._read[1]
+        return self._restore(name, stored), stored[f"{name}.weight_scale"]
 
     def _make_layer(self, part: Part, tensors: dict, report: dict, progress: Callable[[str], None]) -> None:
         """Quantize a decoder layer with the Hessians of its inputs, and send the batch through the result."""

@@ -51,8 +51,8 @@ class Settings:
     linear), 'block:N' (online, in blocks of at most N), 'none', or 'auto': residual for a model that allows
     it, else online. ``calibration`` is what ``calibration_data.calibration_tokens`` takes: 'builtin', 'self'
     or a path; None rounds to nearest. ``token_weights`` tells how much each token counts in a Hessian: 'gradient'
-    (``gradients``) or 'uniform'. ``target_bpw`` is the average rate of the decoder layers, reached by
-    choosing one of ``rates`` for every module (``rate_plan``); it then stands in the place of ``codebook``.
+    (``gradients``) or 'uniform'; ``tune_epochs`` are the passes of ``tuning``. ``target_bpw`` is the average rate of
+    the decoder layers, reached by choosing one of ``rates`` for every module (``rate_plan``); it then stands in the place of ``codebook``.
     """
 
     codebook: Codebook = CODEBOOK_OF_BITS["4"]
@@ -67,6 +67,7 @@ class Settings:
     calibration_sequences: int = 24
     calibration_length: int = 1024
     token_weights: str = "gradient"
+    tune_epochs: int = 0
     amplitude: str = "lloyd_max"
     target_bpw: float | None = None
     rates: tuple[str, ...] = ()
@@ -91,6 +92,10 @@ class Settings:
         ):
             if value < 1:
                 raise PVQError(f"{option} is {value}, but must be at least 1")
+        if self.tune_epochs < 0:
+            raise PVQError(f"--tune-epochs is {self.tune_epochs}, but must be at least 0")
+        if self.tune_epochs and self.calibration is None:
+            raise PVQError("--tune-epochs needs data to tune on: add --calibration builtin")
         if not 0 <= self.seed < 2**64:
             raise PVQError(f"--seed is {self.seed}, but must be from 0 to 2^64 - 1")
         if self.calibration not in (None, BUILTIN, SELF) and not os.path.exists(self.calibration):

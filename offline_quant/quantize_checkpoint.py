@@ -28,8 +28,9 @@ from .rate_plan import choose_rates, module_bits, rate_candidates, with_codebook
 from .report import layer_reports, make_report, timings
 from .report_page import report_page
 from .residual_rotation import rotated_source
-from .self_calibration import check_memory, sample_tokens
+from .self_calibration import check_sampling_memory, sample_tokens
 from .sensitivity import measure_losses
+from .tuning import check_tuning_memory, tuned_tensors
 
 # Files of the source folder that belong to the checkpoint as they are.
 COPIED_NAMES = (
@@ -70,7 +71,9 @@ def quantize_checkpoint(
     if source.head_name is None:  # nothing to take gradients of
         settings = replace(settings, token_weights="uniform")
     if settings.calibration == SELF and not resume:
-        check_memory(source, settings.device)
+        check_sampling_memory(source, settings.device)
+    if settings.tune_epochs:
+        check_tuning_memory(source, settings.device)
     config = plan_checkpoint(source, settings)
     weights = {name: math.prod(source.weight_shape(name)) for name in config.modules}
     candidates = {}
@@ -107,6 +110,9 @@ def quantize_checkpoint(
             else:
                 for name in parts[index].modules:
                     progress(name, weights[name])
+        if settings.tune_epochs and not (writer.is_merging or writer.is_finished):
+            tell = partial(progress, weights=0)
+            _tune(source, config, settings, worker, data.tokens(writer), tell)
         reports = writer.reports()
         report = make_report(source, settings, config, reports, writer.shards, predicted)
         copied = [source.folder / name for name in COPIED_NAMES if (source.folder / name).is_file()]
@@ -121,6 +127,26 @@ def quantize_checkpoint(
             copied,
         )
     return report
+
+
+def _tune(
+    source: ModelSource,
+    config: CheckpointConfig,
+    settings: Settings,
+    worker: PartWorker,
+    tokens: torch.Tensor,
+    progress: Callable[[str], None],
+) -> None:
+    """Tune scales and norms and put them into the parts; what was tuned is kept, so that it is done once."""
+    given = tokens, settings.tune_epochs, settings.seed, settings.device, progress
+    tuned = worker.writer.kept_tensors(
+        "tuned", lambda: tuned_tensors(source, config, worker.restored_weight, *given)
+    )
+    reports = worker.writer.reports()
+    for index, part in enumerate(worker.parts):
+        changed = {name: tensor for name, tensor in tuned.items() if name in part.outputs}
+        if changed:
+            worker.writer.write_part(index, {**worker.writer.read_part(index), **changed}, reports[index])
 
 
 class _CalibrationData:

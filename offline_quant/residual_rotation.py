@@ -16,18 +16,17 @@ share a key-value head share its B.
 read.
 """
 
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
 
 from pvq_vllm.codec.errors import PVQError
 from pvq_vllm.codec.rotation import Rotation, rotation_layout
 
 from .calibration import LayerwiseForward
 from .model_source import ModelSource
+from .norms import norm_offset
 from .rotation import rotate_rows
 
 # x [rows, width] -> x R^T, float32; R orthogonal.
@@ -255,21 +254,7 @@ def _norm_offset(source: ModelSource, norms: list[str]) -> float:
     Raises:
         CannotFold: one of them computes something else, for instance subtracts the mean.
     """
-    generator = torch.Generator().manual_seed(0)
-    offsets = set()
-    for name in norms:
-        norm = copy.deepcopy(source.skeleton.get_submodule(name))
-        offset = None
-        if [leaf for leaf, _ in norm.named_parameters()] == ["weight"]:
-            weight = torch.rand(norm.weight.shape, generator=generator)
-            norm.weight = nn.Parameter(weight, requires_grad=False)
-            x = torch.randn(4, len(weight), generator=generator)
-            plain = x / x.square().mean(-1, keepdim=True).sqrt()
-            with torch.inference_mode():
-                result = norm(x)
-            matches = [c for c in (0.0, 1.0) if torch.allclose(result, plain * (weight + c), 1e-3, 1e-3)]
-            offset = matches[0] if matches else None
-        offsets.add(offset)
+    offsets = {norm_offset(source.skeleton.get_submodule(name)) for name in norms}
     if None in offsets or len(offsets) > 1:
         raise CannotFold(
             f"{source.folder}: the residual stream cannot be rotated, since the norms of a "

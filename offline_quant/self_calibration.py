@@ -11,7 +11,6 @@ into the memory that is free; it is let go before the first layer is quantized. 
 sequences drawn together are bounded by ``CACHE_BYTES``.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -20,10 +19,10 @@ from pvq_vllm.codec.errors import PVQError
 
 from .calibration import forward_dtype
 from .calibration_data import load_tokenizer
+from .memory import check_memory
 from .model_source import ModelSource
 
 CACHE_BYTES = 4 << 30
-SPARE = 1.25  # times the weights: activations, and logits of a large vocabulary
 
 
 def sample_tokens(
@@ -44,7 +43,7 @@ def sample_tokens(
     from transformers.utils import logging
 
     dtype = forward_dtype(device)
-    check_memory(source, device)
+    check_sampling_memory(source, device)
     first = first_token(source)
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, local_files_only=True)
@@ -98,23 +97,6 @@ def cache_bytes_per_token(config, dtype: torch.dtype) -> int:
     return 2 * config.num_hidden_layers * heads * width * dtype.itemsize
 
 
-def check_memory(source: ModelSource, device: str) -> None:
+def check_sampling_memory(source: ModelSource, device: str) -> None:
     """Raise PVQError unless the whole model and the cache fit into the memory that is free on ``device``."""
-    dtype = forward_dtype(device)
-    weights = sum(math.prod(info.shape) for info in source.tensors.values())
-    needed = int(SPARE * weights * dtype.itemsize) + CACHE_BYTES
-    free = free_memory(device)
-    if needed > free:
-        raise PVQError(
-            f"--calibration self needs the whole model in memory, {needed / 1e9:.1f} GB with its cache, and "
-            f"{free / 1e9:.1f} GB are free: use --calibration builtin or a text"
-        )
-
-
-def free_memory(device: str) -> int:
-    """Return the free bytes of the GPU, or of the machine."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    import psutil
-
-    return psutil.virtual_memory().available
+    check_memory(source, device, 1, CACHE_BYTES, "--calibration self", "use --calibration builtin or a text")

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from offline_quant import checkpoint_writer, self_calibration
+from offline_quant import checkpoint_writer, memory, self_calibration
 from offline_quant.model_source import ModelSource
 from offline_quant.plan import Settings
 from offline_quant.quantize_checkpoint import quantize_checkpoint
@@ -76,7 +76,7 @@ def test_a_run_is_resumed_with_the_tokens_it_began_with(tiny_llama, tmp_path, mo
 
 
 def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(tiny_llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(self_calibration, "free_memory", lambda device: 1_000_000_000)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1_000_000_000)
     with pytest.raises(
         PVQError, match=r"--calibration self needs the whole model in memory, 4\.3 GB .* 1\.0 GB"
     ):

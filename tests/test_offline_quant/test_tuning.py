@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tuning of scales and norms: gradients, what is stored, that it lowers the divergence, and that it resumes."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from offline_quant import calibration, memory, tuning
+from offline_quant.calibration_data import calibration_tokens
+from offline_quant.evaluate import compare_logits, load_model
+from offline_quant.model_source import ModelSource
+from offline_quant.norms import norm_offset
+from offline_quant.plan import Settings, codebook_from_text
+from offline_quant.quantize_checkpoint import quantize_checkpoint
+from pvq_vllm.codec.errors import PVQError
+
+DATA = {"calibration": "builtin", "calibration_sequences": 6, "calibration_length": 48}
+
+
+def settings(**others) -> Settings:
+    return Settings(**{**DATA, "lm_head_bits": 16, "activation": "a16", **others})
+
+
+@pytest.fixture(autouse=True)
+def in_float32(monkeypatch):
+    for module in (calibration, tuning, memory):
+        monkeypatch.setattr(module, "forward_dtype", lambda device="cpu": torch.float32)
+    monkeypatch.setattr(tuning, "EXTRA_BYTES", 0)
+
+
+def divergence(folder, base, ids: torch.Tensor) -> float:
+    with torch.inference_mode():
+        found, expected = (load_model(one, torch.float32)(ids).logits for one in (folder, base))
+    samples = [compare_logits(*pair) for pair in zip(found, expected, ids, strict=True)]
+    return sum(sample["kl_divergence"] for sample in samples) / len(samples)
+
+
+@pytest.mark.parametrize(
+    ("name", "rotation"),
+    [("llama", "online"), ("llama", "residual"), ("qwen2", "online"), ("qwen3-tied", "online")],
+)
+def test_tuning_lowers_the_divergence_and_changes_only_scales_and_norms(
+    tiny_model_folder, tmp_path, monkeypatch, name, rotation
+):
+    monkeypatch.setattr(tuning, "STEP_TOKENS", 96)
+    folder = tiny_model_folder(name)
+    ids = calibration_tokens(folder, "builtin", 6, 48)
+    options = {"codebook": codebook_from_text("2", "--bits"), "rotation": rotation}
+    quantize_checkpoint(folder, tmp_path / "plain", settings(**options))
+    quantize_checkpoint(folder, tmp_path / "tuned", settings(**options, tune_epochs=6))
+    assert divergence(tmp_path / "tuned", folder, ids) < 0.9 * divergence(tmp_path / "plain", folder, ids)
+    plain, tuned = (load_file(tmp_path / kind / "model.safetensors") for kind in ("plain", "tuned"))
+    assert plain.keys() == tuned.keys()
+    for key, tensor in plain.items():
+        assert tuned[key].dtype == tensor.dtype
+        if key.endswith("weight_scale"):
+            assert (tuned[key] > 0).all() and not torch.equal(tuned[key], tensor)
+        elif "norm" not in key:
+            assert torch.equal(tuned[key], tensor), key
+    assert any("norm" in key and not torch.equal(tuned[key], plain[key]) for key in plain)
+
+
+def test_gradient_is_that_of_the_divergence(tiny_llama, monkeypatch):
+    monkeypatch.setattr(tuning, "LOGIT_ROWS", 7)
+    base = tuning._whole_model(ModelSource.open(tiny_llama), torch.float32, "cpu")
+    model = tuning._whole_model(ModelSource.open(tiny_llama), torch.float32, "cpu")
+    linear = model.model.layers[0].mlp.up_proj
+    linear.weight.data = linear.weight.data.round(decimals=1)
+    factor = tuning._multiply_rows(linear)
+    ids = torch.arange(20)[None]
+    total = tuning._backward(base, model, ids, 10)
+    log_r, log_p = (one(input_ids=ids).logits[0].log_softmax(-1) for one in (base, model))
+    expected = (log_r.exp() * (log_r - log_p)).sum()
+    assert total == pytest.approx(expected.item(), rel=1e-4)
+    (gradient,) = torch.autograd.grad(expected / 10, factor)
+    torch.testing.assert_close(factor.grad, gradient, rtol=1e-3, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3-tied"])
+def test_the_whole_model_is_the_model(tiny_model_folder, name):
+    folder = tiny_model_folder(name)
+    ids = torch.arange(12)[None]
+    with torch.inference_mode():
+        found = tuning._whole_model(ModelSource.open(folder), torch.float32, "cpu")(ids).logits
+        expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
+    torch.testing.assert_close(found, expected)
+
+
+def test_norms_are_told_apart():
+    with torch.device("meta"):
+        norms = [LlamaRMSNorm(16), GemmaRMSNorm(16), nn.LayerNorm(16), nn.LayerNorm(16, bias=False)]
+    assert [norm_offset(norm) for norm in norms] == [0.0, 1.0, None, None]
+
+
+def test_a_killed_run_resumes_to_the_same_bytes(tiny_llama, tmp_path, killer):
+    """Killed in place of each rename of a file in turn."""
+    wanted = settings(tune_epochs=2, max_shard_bytes=60_000)
+    quantize_checkpoint(tiny_llama, tmp_path / "whole", wanted)
+    out, tuned_before = tmp_path / "out", False
+    for kills in range(60):
+        killer.allowed = kills + 1
+        try:
+            quantize_checkpoint(tiny_llama, out, wanted, resume=kills > 0)
+            break
+        except killer.Killed:
+            tuned_before |= (tmp_path / "out.partial" / "work" / "tuned.safetensors").exists()
+    assert tuned_before
+    for path in (tmp_path / "whole").iterdir():
+        if path.name not in ("timings.json", "report.html"):
+            assert (out / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_what_cannot_be_tuned_is_refused(tiny_llama, tmp_path, monkeypatch):
+    with pytest.raises(PVQError, match="--tune-epochs is -1"):
+        settings(tune_epochs=-1)
+    with pytest.raises(PVQError, match="--tune-epochs needs data"):
+        Settings(tune_epochs=1)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 100)
+    with pytest.raises(PVQError, match="--tune-epochs needs 2 whole models in memory"):
+        quantize_checkpoint(tiny_llama, tmp_path / "out", settings(tune_epochs=1))
+    assert list(tmp_path.iterdir()) == []
