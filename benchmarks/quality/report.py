@@ -5,6 +5,7 @@ from pathlib import Path
 
 BEGIN, END = "<!-- table: written by benchmarks/quality -->", "<!-- end of table -->"
 OURS = "PVQ (this project)"
+TUNED = "PVQ (this project), tuned"
 NOT_WEIGHT_ONLY = "PVQ, activations too"  # in the table, but neither in the picture nor on the front
 VARIANT = "PVQ, other options"  # likewise
 
@@ -38,7 +39,8 @@ def table(records: list[dict]) -> str:
 
 
 def draw(records: list[dict], path: Path) -> None:
-    """Write the picture: KL divergence and perplexity against bits a weight, this project's points joined."""
+    """Write the picture: KL divergence and perplexity against bits a weight, this project's points
+    joined."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -46,7 +48,9 @@ def draw(records: list[dict], path: Path) -> None:
 
     figure, axes = pyplot.subplots(1, 2, figsize=(13, 5.5), constrained_layout=True)
     base = next((record for record in records if record["family"] == "base"), None)
-    families = sorted({record["family"] for record in records} - {"base", OURS, NOT_WEIGHT_ONLY, VARIANT})
+    families = sorted(
+        {record["family"] for record in records} - {"base", OURS, TUNED, NOT_WEIGHT_ONLY, VARIANT}
+    )
     markers = "osv^D<>pX*hP"
     for axis, key, name in (
         (axes[0], "kl_divergence", "KL divergence to the unquantized model"),
@@ -55,9 +59,10 @@ def draw(records: list[dict], path: Path) -> None:
         for index, family in enumerate(families):
             points = sorted((r["bits_per_weight"], r[key]) for r in records if r["family"] == family)
             axis.plot(*zip(*points, strict=True), markers[index % len(markers)], label=family, markersize=6)
-        ours = sorted((r["bits_per_weight"], r[key]) for r in records if r["family"] == OURS)
-        if ours:
-            axis.plot(*zip(*ours, strict=True), "k-o", label=OURS, linewidth=1.5, markersize=5)
+        for family, style in ((OURS, "k-o"), (TUNED, "k--o")):
+            ours = sorted((r["bits_per_weight"], r[key]) for r in records if r["family"] == family)
+            if ours:
+                axis.plot(*zip(*ours, strict=True), style, label=family, linewidth=1.5, markersize=5)
         if base is not None and key == "perplexity":
             axis.axhline(base["perplexity"], color="grey", linestyle=":", label="unquantized")
         axis.set(xlabel="bits a weight in the linear layers, scales included", ylabel=name, yscale="log")

@@ -15,7 +15,7 @@ from .dense import checkpoint_to_dense, linear_names, write_dense
 from .peers.environments import run_job
 from .project import quantized, with_activation
 from .protocol import Protocol
-from .report import NOT_WEIGHT_ONLY, OURS, VARIANT
+from .report import NOT_WEIGHT_ONLY, OURS, TUNED, VARIANT
 from .rounding import rounded_weights
 
 
@@ -195,6 +195,8 @@ def _rows() -> list[Row]:
     for bits in ("2", "2.5", "3", "3.25", "3.5", "4", "5"):
         arguments = ("--bits", bits) if bits in "234" else ("--target-bpw", bits)
         rows.append(Row(f"pvq-{bits}", OURS, f"PVQ {bits} bits", _project(*arguments)))
+        tuned = _project(*arguments, "--tune-epochs", "10")
+        rows.append(Row(f"pvq-{bits}-tuned", TUNED, f"PVQ {bits} bits, tuned", tuned))
     for bits in ("3.02", "4.02"):
         label = f"PVQ {bits} bits, a rate for each module"
         rows.append(Row(f"pvq-{bits}", OURS, label, _project("--target-bpw", bits)))
@@ -203,6 +205,9 @@ def _rows() -> list[Row]:
             make = _project("--bits", bits, "--rotation", rotation)
             key, label = f"pvq-{bits}-{rotation.replace(':', '')}", f"PVQ {bits} bits, --rotation {rotation}"
             rows.append(Row(key, VARIANT, label, make))
+        uniform = _project("--bits", bits, "--token-weights", "uniform")
+        label = f"PVQ {bits} bits, --token-weights uniform"
+        rows.append(Row(f"pvq-{bits}-uniform", VARIANT, label, uniform))
         label = f"PVQ {bits} bits, --calibration self"
         rows.append(
             Row(f"pvq-{bits}-self", VARIANT, label, _project("--bits", bits, "--calibration", "self"))
