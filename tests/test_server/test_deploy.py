@@ -178,16 +178,19 @@ def test_the_containerfile_copies_what_is_there_and_runs_as_a_user():
     for line in re.findall(r"^COPY (?!--from)(.*)$", text, flags=re.MULTILINE):
         *sources, _ = line.split()
         assert all((ROOT / source).exists() for source in sources)
-    stages = {
-        name: body for name, body in re.findall(r"^FROM \S+ AS (\S+)\n(.*?)(?=^FROM |\Z)", text, re.M | re.S)
-    }
-    assert set(stages) == {"cpu-build", "cpu", "cuda-build", "cuda"}
+    first, *stages = re.split(r"^FROM (\S+)(?: AS (\S+))?\n", text, flags=re.M)
+    bodies = {name or base: body for base, name, body in zip(*[iter(stages)] * 3, strict=True)}
+    assert (
+        set(bodies) == {"cpu-build", "cpu", "cuda-build", "cuda", "${DEVICE}"}
+        and "\nARG DEVICE=cpu\n" in first
+    )
     assert set(re.findall(r"COPY --from=(\S+)", text)) == {"cpu-build", "cuda-build"}
     for name in ("cpu", "cuda"):
-        assert re.search(r"^USER 10001$", stages[name], re.M), name
-        assert "/ready" in re.search(r"^HEALTHCHECK .*$", stages[name], re.M)[0]
-        assert '\nENTRYPOINT ["pvq", "serve"]\nCMD ["/model"]\n' in stages[name]
-        assert "PVQ_HOST=0.0.0.0" in stages[name]
+        assert "useradd --system --uid 10001 " in bodies[name]
+    last = bodies["${DEVICE}"]
+    assert re.search(r"^USER 10001$", last, re.M) and "PVQ_HOST=0.0.0.0" in last
+    assert "/ready" in re.search(r"^HEALTHCHECK .*$", last, re.M)[0]
+    assert last.endswith('\nENTRYPOINT ["pvq", "serve"]\nCMD ["/model"]\n')
     ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     needed = {"README.md", "LICENSE", "csrc", "cmake", "server", "requirements", "pyproject.toml"}
     assert needed.isdisjoint(ignored) and {".git", ".venv", "build"} <= set(ignored)
