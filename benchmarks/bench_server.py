@@ -32,7 +32,6 @@ from rich.table import Table
 
 SERVERS = {"vllm serve": "pvq_vllm.vllm_launcher", "pvq serve": "pvq_vllm.cli"}
 START_TIMEOUT_S = 600
-OUTPUT_TOKENS = 48
 
 
 @contextlib.contextmanager
@@ -93,7 +92,9 @@ async def ask(session: aiohttp.ClientSession, url: str, prompt: list[int], token
     return first_ms
 
 
-async def measure(session: aiohttp.ClientSession, url: str, seed: int, concurrency: int) -> dict[str, float]:
+async def measure(
+    session: aiohttp.ClientSession, url: str, seed: int, concurrency: int, tokens: int
+) -> dict[str, float]:
     """Return throughput (tokens/s) and median TTFT (ms) of one round."""
     draw = random.Random(seed)
     prompts = [[draw.randrange(5, 400) for _ in range(32)] for _ in range(2 * concurrency + 6)]
@@ -101,20 +102,22 @@ async def measure(session: aiohttp.ClientSession, url: str, seed: int, concurren
     start = time.perf_counter()
     load = prompts[6:]
     for half in (load[:concurrency], load[concurrency:]):
-        await asyncio.gather(*[ask(session, url, prompt, OUTPUT_TOKENS) for prompt in half])
-    rate = len(load) * OUTPUT_TOKENS / (time.perf_counter() - start)
+        await asyncio.gather(*[ask(session, url, prompt, tokens) for prompt in half])
+    rate = len(load) * tokens / (time.perf_counter() - start)
     return {"tokens/s": rate, "TTFT ms": statistics.median(ttft_ms)}
 
 
-async def compare(urls: dict[str, str], rounds: int, concurrency: int) -> dict[str, list[dict[str, float]]]:
+async def compare(
+    urls: dict[str, str], rounds: int, concurrency: int, tokens: int
+) -> dict[str, list[dict[str, float]]]:
     """Return the measurements of all rounds by server."""
     results: dict[str, list[dict[str, float]]] = {name: [] for name in urls}
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=600)) as session:
         for url in urls.values():
-            await measure(session, url, 10**6, concurrency)
+            await measure(session, url, 10**6, concurrency, tokens)
         for number in range(rounds):
             for name in list(urls) if number % 2 else list(urls)[::-1]:
-                results[name].append(await measure(session, urls[name], number, concurrency))
+                results[name].append(await measure(session, urls[name], number, concurrency, tokens))
     return results
 
 
@@ -133,6 +136,7 @@ def main() -> None:
     parser.add_argument("model", help="checkpoint folder")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--concurrency", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=48, help="of each answer; fewer make shorter rounds")
     parser.add_argument("--eager", action="store_true", help="without torch.compile, which takes minutes")
     parser.add_argument("--json", type=Path, help="write all rounds to this file")
     options = parser.parse_args()
@@ -142,7 +146,7 @@ def main() -> None:
         for name in SERVERS:  # one after the other: two engines that start at once fight for the cores
             urls[name] = stack.enter_context(served(name, options.model, flags, Path(folder)))
             wait(urls[name])
-        results = asyncio.run(compare(urls, options.rounds, options.concurrency))
+        results = asyncio.run(compare(urls, options.rounds, options.concurrency, options.tokens))
     table = Table(
         title=f"{options.model}: {options.rounds} rounds in turn, {options.concurrency} requests at once"
     )
