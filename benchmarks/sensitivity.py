@@ -25,11 +25,11 @@ from safetensors.torch import save_file
 from offline_quant.calibration import LayerwiseForward
 from offline_quant.calibration_data import calibration_tokens, tokenize
 from offline_quant.evaluate import compare_logits, evaluation_text, load_model
+from offline_quant.gradients import output_gradients
 from offline_quant.model_source import ModelSource
 from offline_quant.part_worker import HessianCache, module_rotation
 from offline_quant.plan import Settings, codebook_from_text, plan_checkpoint
 from offline_quant.quantize_checkpoint import COPIED_NAMES
-from offline_quant.gradients import output_gradients
 from offline_quant.weight_quantizer import quantize_weight
 
 

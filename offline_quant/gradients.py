@@ -6,7 +6,7 @@ information. Two means of its squares are kept: over the tokens for each output,
 (``sensitivity``), and over the outputs for each token, which tells where errors cost most (``token_weights``).
 
 Both passes stream the layers of the base model. The backward pass needs the inputs of all layers, so that the
-tokens go through in slices whose inputs take ``STORED_BYTES`` at most.
+tokens go through in slices whose inputs take ``STORED_BYTES`` at most. How they are cut does not change the result.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,12 +16,12 @@ import torch
 
 from pvq_vllm.codec.errors import PVQError
 
-from . import calibration
+from . import calibration, memory
 from .calibration import LayerwiseForward
 from .device import deterministic
 from .model_source import ModelSource
 
-STORED_BYTES = 8 << 30
+STORED_BYTES = 16 << 30  # or a quarter of the free memory
 LOGIT_TOKENS = 512  # of a head's backward pass: bounds the memory of a large vocabulary
 
 
@@ -97,8 +97,9 @@ def output_gradients(
     length = tokens.shape[1]
     batch = max(1, calibration.BATCH_TOKENS // length)
     hidden_size = source.skeleton.get_output_embeddings().weight.shape[1]
-    sequence_bytes = len(source.layers) * length * hidden_size * 4
-    slices = tokens.split(max(1, STORED_BYTES // sequence_bytes // batch) * batch)
+    sequence_bytes = len(source.layers) * length * hidden_size * calibration.forward_dtype(device).itemsize
+    room = min(STORED_BYTES, memory.free_memory("cpu") // 4)
+    slices = tokens.split(max(1, room // sequence_bytes // batch) * batch)
     generator = torch.Generator(device).manual_seed(seed % 2**63)
     collected = _Squares(tokens.numel())
     for index, part in enumerate(slices):
@@ -206,9 +207,18 @@ def _head_gradients(forward: LayerwiseForward, generator: torch.Generator) -> li
                 final = part.detach().clone().requires_grad_()
                 logits = forward.logits(final)
                 gradient = logits.detach()[0].float().softmax(dim=-1)
-                drawn = torch.multinomial(gradient, 1, generator=generator)
+                drawn = _draw(gradient, generator)
                 gradient.scatter_add_(1, drawn, torch.full_like(drawn, -1, dtype=gradient.dtype))
                 logits.backward(gradient[None].to(logits.dtype))
                 parts.append(final.grad)
             result.append(torch.cat(parts, dim=1).reshape(batch.shape))
     return result
+
+
+def _draw(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Return int64 [n, 1], one column drawn for each row of [n, columns]. (torch.multinomial takes a random number
+    for each column.)
+    """
+    cumulated = probabilities.cumsum(dim=-1)
+    uniform = torch.rand(len(cumulated), 1, generator=generator, device=cumulated.device) * cumulated[:, -1:]
+    return torch.searchsorted(cumulated, uniform, right=True).clamp_max(cumulated.shape[-1] - 1)

@@ -50,9 +50,10 @@ class Settings:
     into the weights offline, the MLP's inner rotation online), 'online' (over the whole input width of every
     linear), 'block:N' (online, in blocks of at most N), 'none', or 'auto': residual for a model that allows
     it, else online. ``calibration`` is what ``calibration_data.calibration_tokens`` takes: 'builtin', 'self'
-    or a path; None rounds to nearest. ``token_weights`` tells how much each token counts in a Hessian: 'gradient'
-    (``gradients``) or 'uniform'; ``tune_epochs`` are the passes of ``tuning``. ``target_bpw`` is the average rate of
-    the decoder layers, reached by choosing one of ``rates`` for every module (``rate_plan``); it then stands in the place of ``codebook``.
+    or a path; None rounds to nearest. ``token_weights`` tells how much each token counts in a Hessian:
+    'gradient' (``gradients``) or 'uniform'; ``tune_epochs`` are the passes of ``tuning``. ``target_bpw`` is
+    the average rate of the decoder layers, reached by choosing one of ``rates`` for every module
+    (``rate_plan``); it then stands in the place of ``codebook``.
     """
 
     codebook: Codebook = CODEBOOK_OF_BITS["4"]

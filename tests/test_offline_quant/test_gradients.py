@@ -30,7 +30,7 @@ def test_squares_equal_those_of_the_whole_model(tiny_model_folder, monkeypatch, 
     ids = calibration_tokens(source.folder, "builtin", 5, 64)
     monkeypatch.setattr(gradients, "STORED_BYTES", stored_bytes)
     # The labels are drawn; here the most likely ones, so that both sides have the same.
-    monkeypatch.setattr(torch, "multinomial", lambda p, count, generator: p.argmax(dim=-1, keepdim=True))
+    monkeypatch.setattr(gradients, "_draw", lambda p, generator: p.argmax(dim=-1, keepdim=True))
     found = output_gradients(source, ids, 0, "cpu")
 
     model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
@@ -67,6 +67,15 @@ def test_drawn_labels_follow_the_seed(tiny_llama):
     first, again, other = (output_gradients(source, ids, seed, "cpu").outputs for seed in (1, 1, 2))
     name = "model.layers.0.mlp.up_proj"
     assert torch.equal(first[name], again[name]) and not torch.equal(first[name], other[name])
+
+
+def test_labels_are_drawn_by_their_probabilities():
+    probabilities = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3, 0.0])
+    drawn = gradients._draw(probabilities.expand(20000, -1), torch.Generator().manual_seed(0))
+    assert drawn.shape == (20000, 1)
+    found = torch.bincount(drawn[:, 0], minlength=6) / 20000
+    assert (found[probabilities == 0] == 0).all()
+    torch.testing.assert_close(found, probabilities, rtol=0, atol=0.02)
 
 
 def test_what_is_stored_comes_back():
