@@ -47,10 +47,6 @@ struct Parameters {
   }
 };
 
-__device__ __forceinline__ void store_word(std::uint32_t address, std::uint32_t word) {
-  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
-}
-
 __device__ __forceinline__ uint4 load_words(std::uint32_t address) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
@@ -89,10 +85,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks) expand_kernel(const Paramet
       std::uint32_t a[4];
       chunk.decode(s, tables, a);
       const std::uint32_t low = row + 16 * ((2 * s) ^ g), high = row + 16 * ((2 * s + 1) ^ g);
-      store_word(low, a[0]);
-      store_word(low + 8 * kChunkColumns, a[1]);
-      store_word(high, a[2]);
-      store_word(high + 8 * kChunkColumns, a[3]);
+      store_shared(low, a[0]);
+      store_shared(low + 8 * kChunkColumns, a[1]);
+      store_shared(high, a[2]);
+      store_shared(high + 8 * kChunkColumns, a[3]);
     }
     __syncwarp();
     uint4* to = reinterpret_cast<uint4*>(p.to(i)) + lane;

@@ -47,6 +47,19 @@ __device__ __forceinline__ void arrive_at(std::uint32_t barrier, std::uint32_t r
       : "memory");
 }
 
+// Is the phase of this parity over?
+__device__ __forceinline__ bool test_barrier(std::uint32_t barrier, std::uint32_t parity) {
+  std::uint32_t done;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.b32 %0, 1, 0, p;\n}"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+
 // Until the phase of this parity is over. A fresh barrier is in phase 0, and the phase before it, of parity 1, counts as over.
 __device__ __forceinline__ void wait_barrier(std::uint32_t barrier, std::uint32_t parity) {
   std::uint32_t done;
@@ -117,10 +130,10 @@ struct Ring {
   }
 };
 
-// Warpgroup multiplication, m64nNk32 of int8: A in registers, B in shared memory, [column][128 bytes of k] with the 128-byte
-// swizzle. The asm statements name no memory, so that loads of tables may move across them; the barriers do order memory.
+// Warpgroup multiplication, m64nNk32 of int8, both operands in shared memory: [row or column][128 bytes of k] with the 128-byte
+// swizzle.
 
-// B at an address that is aligned to 1024 bytes but for the place in k, a multiple of 32 bytes.
+// An operand at an address that is aligned to 1024 bytes but for the place in k, a multiple of 32 bytes.
 __device__ __forceinline__ std::uint64_t swizzled_operand(std::uint32_t address) {
   constexpr std::uint32_t kLeading = 1;         // not used with a swizzle
   constexpr std::uint32_t kStride = 1024 >> 4;  // eight columns of 128 bytes
@@ -139,92 +152,62 @@ __device__ __forceinline__ void wait_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending));
 }
 
-// Keeps a value in its registers up to here: what a multiplication in flight reads must not be given to something else.
-__device__ __forceinline__ void keep(std::uint32_t (&a)[4]) { asm volatile("" : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3])); }
-
-// A from shared memory; like other asm volatile it stays behind the wait before it.
-__device__ __forceinline__ void load_fragment(std::uint32_t address, std::uint32_t (&a)[4]) {
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(address));
-}
+// Orders this thread's writes to shared memory before what multiplications and bulk copies read there. Then a barrier.
+__device__ __forceinline__ void fence_shared_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // d += A B, [64, kN]: lane 4 g + t of warp w has rows 16 w + g, + 8 of columns 8 j + 2 t, + 1: d[4 j + 2 (+ 8) + (+ 1)].
 template <int kN>
-__device__ __forceinline__ void multiply(std::int32_t (&d)[kN / 2], const std::uint32_t (&a)[4], std::uint64_t b);
+__device__ __forceinline__ void multiply(std::int32_t (&d)[kN / 2], std::uint64_t a, std::uint64_t b);
 
 #define PVQ_D(i) "+r"(d[i])
 #define PVQ_D8(i) PVQ_D(i), PVQ_D(i + 1), PVQ_D(i + 2), PVQ_D(i + 3), PVQ_D(i + 4), PVQ_D(i + 5), PVQ_D(i + 6), PVQ_D(i + 7)
-// 256 columns, two kinds of A: the instruction up to its sums, and the sums.
-#define PVQ_WGMMA_256                                                                            \
-  "wgmma.mma_async.sync.aligned.m64n256k32.s32.s8.s8 {"                                          \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                       \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "             \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "             \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "             \
-  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "             \
-  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "             \
-  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
-  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
-#define PVQ_D128                                                                                                        \
-  PVQ_D8(0), PVQ_D8(8), PVQ_D8(16), PVQ_D8(24), PVQ_D8(32), PVQ_D8(40), PVQ_D8(48), PVQ_D8(56), PVQ_D8(64), PVQ_D8(72), \
-      PVQ_D8(80), PVQ_D8(88), PVQ_D8(96), PVQ_D8(104), PVQ_D8(112), PVQ_D8(120)
-
-// The same of 256 columns with A in shared memory too: [row][128 bytes of k], swizzled like B.
-__device__ __forceinline__ void multiply_shared(std::int32_t (&d)[128], std::uint64_t a, std::uint64_t b);
-
+#define PVQ_D32(i) PVQ_D8(i), PVQ_D8(i + 8), PVQ_D8(i + 16), PVQ_D8(i + 24)
 template <>
-__device__ __forceinline__ void multiply<16>(std::int32_t (&d)[8], const std::uint32_t (&a)[4], std::uint64_t b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n16k32.s32.s8.s8 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7}, "
-      "{%8, %9, %10, %11}, %12, 1;"
-      : PVQ_D8(0)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-template <>
-__device__ __forceinline__ void multiply<32>(std::int32_t (&d)[16], const std::uint32_t (&a)[4], std::uint64_t b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n32k32.s32.s8.s8 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-      "{%16, %17, %18, %19}, %20, 1;"
-      : PVQ_D8(0), PVQ_D8(8)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-template <>
-__device__ __forceinline__ void multiply<64>(std::int32_t (&d)[32], const std::uint32_t (&a)[4], std::uint64_t b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      "{%32, %33, %34, %35}, %36, 1;"
-      : PVQ_D8(0), PVQ_D8(8), PVQ_D8(16), PVQ_D8(24)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-template <>
-__device__ __forceinline__ void multiply<128>(std::int32_t (&d)[64], const std::uint32_t (&a)[4], std::uint64_t b) {
+__device__ __forceinline__ void multiply<128>(std::int32_t (&d)[64], std::uint64_t a, std::uint64_t b) {
   asm volatile(
       "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {"
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
       "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
       "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "{%64, %65, %66, %67}, %68, 1;"
-      : PVQ_D8(0), PVQ_D8(8), PVQ_D8(16), PVQ_D8(24), PVQ_D8(32), PVQ_D8(40), PVQ_D8(48), PVQ_D8(56)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+      "%64, %65, 1;"
+      : PVQ_D32(0), PVQ_D32(32)
+      : "l"(a), "l"(b));
 }
 template <>
-__device__ __forceinline__ void multiply<256>(std::int32_t (&d)[128], const std::uint32_t (&a)[4], std::uint64_t b) {
-  asm volatile(PVQ_WGMMA_256 "{%128, %129, %130, %131}, %132, 1;"
-               : PVQ_D128
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+__device__ __forceinline__ void multiply<256>(std::int32_t (&d)[128], std::uint64_t a, std::uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n256k32.s32.s8.s8 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
+      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
+      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
+      "%128, %129, 1;"
+      : PVQ_D32(0), PVQ_D32(32), PVQ_D32(64), PVQ_D32(96)
+      : "l"(a), "l"(b));
 }
-__device__ __forceinline__ void multiply_shared(std::int32_t (&d)[128], std::uint64_t a, std::uint64_t b) {
-  asm volatile(PVQ_WGMMA_256 "%128, %129, 1;" : PVQ_D128 : "l"(a), "l"(b));
-}
-
-#undef PVQ_WGMMA_256
-#undef PVQ_D128
+#undef PVQ_D32
 #undef PVQ_D8
 #undef PVQ_D
+
+// Shared memory of another CTA of the cluster.
+__device__ __forceinline__ std::uint32_t address_in(std::uint32_t address, std::uint32_t rank) {
+  std::uint32_t remote;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+  return remote;
+}
+__device__ __forceinline__ int4 load_remote(std::uint32_t address) {
+  int4 v;
+  asm volatile("ld.shared::cluster.v4.s32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
 
 // Matrices of 8 x 8 16-bit values, transposed on the way: lane 4 g + t holds row g, columns 2 t, 2 t + 1 of each; lanes
 // 8 m .. + 7 give the addresses of the columns of matrix m (16 bytes each).

@@ -49,24 +49,34 @@ __device__ __forceinline__ void wait_for_dependencies() {
 // shares of different sizes the blocks of two kernels cannot be on one multiprocessor at the same time.
 void allow_shared_memory(const void* kernel);
 
-// `kernel` must call wait_for_dependencies(). overlap: let it start before the kernel in front of it has ended.
+// `kernel` must call wait_for_dependencies(). overlap: let it start before the kernel in front of it has ended. cluster: its
+// size, of a kernel that does not say it itself.
 template <typename... Parameters, typename... Arguments>
-void launch_overlapping(bool overlap, void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes,
-                        cudaStream_t stream, Arguments&&... arguments) {
+void launch_clusters(int cluster, bool overlap, void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes,
+                     cudaStream_t stream, Arguments&&... arguments) {
   allow_shared_memory(reinterpret_cast<const void*>(kernel));
+  cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = attributes;
+  if (cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  }
   if (overlap && device_properties().capability >= 90) {
-    config.attrs = &attribute;
-    config.numAttrs = 1;
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
   }
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), "kernel launch");
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch_overlapping(bool overlap, void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes,
+                        cudaStream_t stream, Arguments&&... arguments) {
+  launch_clusters(1, overlap, kernel, grid, block, shared_bytes, stream, std::forward<Arguments>(arguments)...);
 }
 
 template <typename... Parameters, typename... Arguments>

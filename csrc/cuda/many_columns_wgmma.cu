@@ -1,19 +1,54 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <array>
+#include <mutex>
 #include <stdexcept>
 
 #include "many_columns_wgmma.cuh"
 
 namespace pvq::cuda {
+namespace {
 
-void many_columns_wgmma(const Activations& a, const Weight& weight, const Output& output, const Scratch& scratch,
-                        cudaStream_t stream) {
+// Takes a multiprocessor for itself.
+constexpr int kThreads = 512;
+__global__ void __launch_bounds__(kThreads, 1) whole_multiprocessor() {}
+
+// Clusters of such blocks that run at a time on the current device, by their size: the groups of multiprocessors that share
+// clusters have different sizes.
+using Resident = std::array<int, kWgmmaMaxSplits + 1>;
+const Resident& resident_clusters() {
+  static std::array<Resident, kMaxDevices> resident;
+  static std::array<std::once_flag, kMaxDevices> once;
+  const std::size_t device = static_cast<std::size_t>(current_device());
+  std::call_once(once[device], [&] {
+    const void* kernel = reinterpret_cast<const void*>(&whole_multiprocessor);
+    allow_shared_memory(kernel);
+    for (unsigned size = 1; size <= kWgmmaMaxSplits; ++size) {
+      cudaLaunchAttribute attribute{};
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim = {size, 1, 1};
+      cudaLaunchConfig_t config{};
+      config.gridDim = dim3(size);
+      config.blockDim = dim3(kThreads);
+      config.dynamicSmemBytes = static_cast<std::size_t>(device_properties().max_shared_bytes);
+      config.attrs = &attribute;
+      config.numAttrs = 1;
+      check(cudaOccupancyMaxActiveClusters(&resident[device][size], kernel, &config), "clusters that run at a time");
+    }
+  });
+  return resident[device];
+}
+
+}  // namespace
+
+void many_columns_wgmma(const Activations& a, const Weight& weight, const Output& output, cudaStream_t stream) {
   if (a.num_columns() <= 0 || weight.rows <= 0) return;
   const DeviceProperties& device = device_properties();
   if (device.capability != 90) throw std::runtime_error("many_columns_wgmma needs a GPU of compute capability 9.0");
-  const WgmmaProblem problem{
-      weight.codebook,         table_bytes(weight.codebook), weight.rows, a.num_columns(), weight.num_chunks, device.num_sms,
-      device.max_shared_bytes, scratch.partial_elements,     kNumCounters};
-  const WgmmaArguments arguments{{a, weight, output}, scratch.partial, scratch.counters, choose_wgmma_schedule(problem)};
+  WgmmaProblem problem{weight.codebook,   table_bytes(weight.codebook), weight.rows, a.num_columns(),
+                       weight.num_chunks, device.max_shared_bytes};
+  std::copy(resident_clusters().begin(), resident_clusters().end(), problem.resident);
+  const WgmmaArguments arguments{{a, weight, output}, choose_wgmma_schedule(problem)};
   switch (weight.codebook) {
     case CodebookId::kPvq2:
       return launch_many_columns_wgmma<CodebookId::kPvq2>(arguments, stream);

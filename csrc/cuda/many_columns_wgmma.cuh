@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The kernel of many_columns_wgmma.cu: a tile of y is the sum over chunks of decoded weights (operand A, in registers) times
-// activations (operand B, in shared memory, as they lie in global memory).
+// The kernel of many_columns_wgmma.cu: a tile of y is the sum over chunks of decoded weights times activations, both read by the
+// tensor cores from a ring of stages in shared memory.
 //
-// One warp copies: a stage of a ring gets k_groups chunks of activations and, for each warpgroup, the packed weights of 64 rows
-// and one chunk. The warpgroups decode a step of 32 columns while the products of the steps before it are in flight.
+// Four or eight warps decode: each fetches packed weights straight into its registers, some chunks ahead, and writes them to a
+// stage as int8; in turn they copy the activations, in the order they lie in global memory. Two warpgroups do nothing but
+// multiply, 64 rows each.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,333 +16,315 @@
 
 namespace pvq::cuda {
 
-// A warpgroup more than multiply: one of its warps copies, and all of them leave their registers to the others.
-constexpr int wgmma_threads(int columns_per_tile) { return wgmma_groups(columns_per_tile) * 128 + 128; }
-constexpr int kCopyRegisters = 32;
-constexpr int multiply_registers(int columns_per_tile) {
-  const int threads = wgmma_threads(columns_per_tile), launched = 65536 / threads / 8 * 8;
-  return (threads * launched - 128 * kCopyRegisters) / (threads - 128) / 8 * 8;
-}
+constexpr int kWgmmaGroups = 2;  // that multiply
+// Warps that decode, and 16-row tiles that one decodes at a time. ptxas wants 154 registers for a product with 256 columns, so
+// there can be no more than twelve warps in all.
+constexpr int wgmma_decoders(int columns_per_tile) { return columns_per_tile == 256 ? 4 : 8; }
+constexpr int wgmma_threads(int columns_per_tile) { return 128 * kWgmmaGroups + 32 * wgmma_decoders(columns_per_tile); }
+// A block of the kernel that quantizes the activations fits beside one of 96 registers.
+constexpr int wgmma_register_bound(int columns_per_tile) { return columns_per_tile == 256 ? 384 : 640; }  // threads
+
+constexpr int kWeightBytes = kWgmmaRows * kChunkColumns;  // decoded, of a stage
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // Addresses in shared memory.
 constexpr int kTableBarrier = kSharedBase, kFullBarriers = kSharedBase + 16, kEmptyBarriers = kFullBarriers + 8 * kWgmmaMaxStages;
-constexpr int kFlags = kEmptyBarriers + 8 * kWgmmaMaxStages;  // an int for each warpgroup
-static_assert(kFlags + 16 <= kSharedGains && kSharedGains % 64 == 0 && kSharedGains + kGainTableBytes <= kSharedArea);
+static_assert(kEmptyBarriers + 8 * kWgmmaMaxStages <= kSharedGains && kSharedGains % 64 == 0 &&
+              kSharedGains + kGainTableBytes <= kSharedArea);
 
-// Named barriers; 0 is __syncthreads.
-constexpr int kRowGroupBarrier = 1, kWarpgroupBarrier = 5;
+constexpr int kMultiplyingBarrier = 1, kWarpgroupBarrier = 2;  // named; 0 is __syncthreads
 
-// The copying warp.
-template <CodebookId kId, int kN>
-struct WgmmaProducer {
-  static constexpr int kCluster = wgmma_cluster(kN), kGroups = wgmma_groups(kN), kChunkBytes = chunk_bytes(kId);
-
-  const WgmmaArguments& p;
+// What a CTA does: chunks [begin, end) of the tiles first, first + stride, ...
+struct WgmmaWork {
+  int first, stride, begin, end, rank;
   std::uint32_t window;  // where this CTA's shared memory starts
-  int lane, rank;
 
-  __device__ __forceinline__ int activation_bytes(int column_tile) const {  // of a chunk of the tile
-    const std::int64_t left = p.a.padded_columns - static_cast<std::int64_t>(column_tile) * kN;
-    return static_cast<int>(left < kN ? left : kN) * kChunkColumns;
+  __device__ __forceinline__ int units(const WgmmaSchedule& s) const {
+    return ((s.tiles() - 1 - first) / stride + 1) * (end - begin);
   }
-
-  __device__ __forceinline__ void copy_weights(int stage, int tile, int unit) const {
-    const WgmmaSchedule& s = p.schedule;
-    int row_tile, column_tile;
-    s.place(tile, row_tile, column_tile);
-    const std::uint32_t full = window + kFullBarriers + 8 * stage;
-    const int group = lane / 4, row_groups = s.row_groups();
-    const std::int64_t row_group = row_tile * s.tile_row_groups() + rank * row_groups + (group & (row_groups - 1));
-    const std::int64_t first_chunk = unit * s.k_groups, chunk = first_chunk + (group >> s.row_shift);
-    const bool mine = group < kGroups && chunk < p.weight.num_chunks && row_group * 64 < p.weight.rows;
-    const std::int64_t left = p.weight.num_chunks - first_chunk;
-    const int chunks = left < s.k_groups ? static_cast<int>(left) : s.k_groups;
-    const int copies = __popc(__ballot_sync(0xffffffffu, mine));
-    if (lane == 0) expect_bytes(full, copies * kChunkBytes + chunks * activation_bytes(column_tile));
-    __syncwarp();
-    if (mine) {
-      const std::uint8_t* from = p.weight.data + ((row_group * 4 + lane % 4) * p.weight.num_chunks + chunk) * kChunkBytes;
-      const std::uint32_t to =
-          window + s.shared_stages + stage * s.stage_bytes + s.k_groups * kN * kChunkColumns + lane * kChunkBytes;
-      copy_bulk(to, from, kChunkBytes, full);
-    }
-  }
-
-  __device__ __forceinline__ void copy_activations(int stage, int tile, int unit) const {
-    const WgmmaSchedule& s = p.schedule;
-    int row_tile, column_tile;
-    s.place(tile, row_tile, column_tile);
-    const std::uint32_t full = window + kFullBarriers + 8 * stage;
-    const std::int64_t chunk = unit * s.k_groups + lane;
-    if (lane >= s.k_groups || chunk >= p.weight.num_chunks) return;
-    int bytes = activation_bytes(column_tile), offset = 0;
-    if constexpr (kCluster > 1) {  // every CTA fetches its part for all
-      offset = rank * (kN / kCluster) * kChunkColumns;
-      const int left = bytes - offset;
-      bytes = left < kN / kCluster * kChunkColumns ? left : kN / kCluster * kChunkColumns;
-      if (bytes <= 0) return;
-    }
-    const std::int8_t* from =
-        p.a.data + (chunk * p.a.padded_columns + static_cast<std::int64_t>(column_tile) * kN) * kChunkColumns + offset;
-    const std::uint32_t to = window + s.shared_stages + stage * s.stage_bytes + lane * kN * kChunkColumns + offset;
-    if constexpr (kCluster > 1) {
-      copy_bulk_multicast(to, from, bytes, full, (1 << kCluster) - 1);
-    } else {
-      copy_bulk(to, from, bytes, full);
-    }
-  }
-
-  __device__ __forceinline__ void run(int worker) const {
-    const WgmmaSchedule& s = p.schedule;
-    WgmmaPiece piece;
-    {  // weights do not depend on the kernel before: fill the ring with them
-      WgmmaWalk ahead(worker);
-      int filled = 0;
-      while (filled < s.stages && ahead.next(s, piece))
-        for (int unit = piece.begin; unit < piece.end && filled < s.stages; ++unit) copy_weights(filled++, piece.tile, unit);
-    }
-    wait_for_dependencies();
-    WgmmaWalk walk(worker);
-    Ring ring;
-    bool first_lap = true;
-    while (walk.next(s, piece)) {
-      for (int unit = piece.begin; unit < piece.end; ++unit) {
-        if (!first_lap) {
-          wait_barrier(window + kEmptyBarriers + 8 * ring.stage, ring.parity ^ 1);
-          copy_weights(ring.stage, piece.tile, unit);
-        }
-        copy_activations(ring.stage, piece.tile, unit);
-        __syncwarp();
-        ring.advance(s.stages);
-        if (ring.stage == 0) first_lap = false;
-      }
-    }
+  __device__ __forceinline__ std::uint32_t full(int stage) const { return window + kFullBarriers + 8 * stage; }
+  __device__ __forceinline__ std::uint32_t empty(int stage) const { return window + kEmptyBarriers + 8 * stage; }
+  __device__ __forceinline__ std::uint32_t stage(const WgmmaSchedule& s, int stage) const {
+    return window + s.shared_stages + stage * s.stage_bytes;
   }
 };
 
-// The warpgroups that multiply.
-template <CodebookId kId, int kN>
-struct WgmmaConsumer {
-  static constexpr int kCluster = wgmma_cluster(kN), kGroups = wgmma_groups(kN), kChunkBytes = chunk_bytes(kId), kSums = kN / 2;
-  static constexpr int kBuffers = kN == 128 ? 2 : 4;  // steps of weights in registers: the one decoded and those being multiplied
-
+// Activations to stages; one thread, or a warp of which one copies. Walks from unit to unit (a chunk of a tile of y).
+template <int kN>
+struct WgmmaCopies {
   const WgmmaArguments& p;
-  std::uint32_t window;             // where this CTA's shared memory starts, and
-  char* shared;                     // the pointer to it
-  int warpgroup, warp, lane, rank;  // warp: of the warpgroup
+  const WgmmaWork& work;
+  int unit = 0, tile, chunk, bytes = 0;  // bytes: of all columns of the tile
+  const std::int8_t* columns = nullptr;
 
-  __device__ __forceinline__ void release(int stage) const {
-    const std::uint32_t empty = window + kEmptyBarriers + 8 * stage;
+  __device__ __forceinline__ WgmmaCopies(const WgmmaArguments& p, const WgmmaWork& work)
+      : p(p), work(work), tile(work.first), chunk(work.begin) {
+    start_tile();
+  }
+  __device__ __forceinline__ void start_tile() {
+    if (tile >= p.schedule.tiles()) return;
+    int row_tile, column_tile;
+    p.schedule.place(tile, row_tile, column_tile);
+    const std::int64_t first = static_cast<std::int64_t>(column_tile) * kN, left = p.a.padded_columns - first;
+    bytes = static_cast<int>(left < kN ? left : kN) * kChunkColumns;
+    columns = p.a.data + first * kChunkColumns;
+  }
+  __device__ __forceinline__ void advance(int units) {
+    unit += units;
+    chunk += units;
+    if (chunk < work.end) return;
+    while (chunk >= work.end && tile < p.schedule.tiles()) {
+      chunk -= work.end - work.begin;
+      tile += work.stride;
+    }
+    start_tile();
+  }
+  __device__ __forceinline__ void copy(int stage) const {
+    const std::uint32_t full = work.full(stage), to = work.stage(p.schedule, stage) + kWeightBytes;
+    const std::int8_t* from = columns + chunk * p.a.padded_columns * kChunkColumns;
+    expect_bytes(full, bytes);
+    copy_bulk(to, from, bytes, full);
+  }
+};
+
+// A warp that decodes: of every chunk the 16-row tiles warp, warp + decoders, ...
+template <CodebookId kId, int kN>
+__device__ __forceinline__ void decode_tiles(const WgmmaArguments& p, const WgmmaWork& work, int warp, int lane) {
+  constexpr int kDecoders = wgmma_decoders(kN), kTiles = kWgmmaRows / kTileRows / kDecoders, kChunkBytes = chunk_bytes(kId);
+  constexpr int kPrefetch = kN == 256 || kId == CodebookId::kInt8 ? 2 : 3;
+  const WgmmaSchedule& s = p.schedule;
+  const int units = work.units(s), num_chunks = static_cast<int>(p.weight.num_chunks);
+
+  // Packed weights are on their way to registers some chunks ahead.
+  const std::int64_t tile_stride = std::int64_t{kDecoders} * num_chunks * kChunkBytes;
+  int load_tile = work.first, loads_left = 0, load_tiles = 0;  // chunks left of the tile of y; 16-row tiles that there are
+  const std::uint8_t* load_from = nullptr;
+  const auto start_tile = [&] {
+    loads_left = work.end - work.begin;
+    load_tiles = 0;
+    if (load_tile >= s.tiles()) return;
+    int row_tile, column_tile;
+    s.place(load_tile, row_tile, column_tile);
+    const std::int64_t tile = row_tile * kWgmmaRows / kTileRows + warp;
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) load_tiles += (tile + i * kDecoders) / 4 * kRowAlignment < p.weight.rows;
+    load_from = p.weight.data + (tile * num_chunks + work.begin) * kChunkBytes;
+  };
+  LaneChunk<kId> buffer[kPrefetch][kTiles] = {};
+  const auto load_ahead = [&](LaneChunk<kId>(&to)[kTiles]) {
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i)
+      if (i < load_tiles) to[i].load(load_from + i * tile_stride, lane);
+    load_from += kChunkBytes;
+    if (--loads_left == 0) {
+      load_tile += work.stride;
+      start_tile();
+    }
+  };
+  start_tile();
+#pragma unroll
+  for (int b = 0; b < kPrefetch; ++b) load_ahead(buffer[b]);
+
+  // The warps copy the activations in turn, but for the first ones, which multiply_tiles copies.
+  WgmmaCopies<kN> copies(p, work);
+  copies.advance(warp);
+  while (copies.unit < s.stages) copies.advance(kDecoders);
+
+  const Tables tables{work.window + s.shared_digits, work.window + s.shared_gains};
+  const int g = lane / 4, t = lane % 4;
+  std::uint32_t places[2 * kSteps];  // of a lane's words in a stage
+#pragma unroll
+  for (int u = 0; u < 2 * kSteps; ++u) places[u] = (warp * kTileRows + g) * kChunkColumns + 4 * t + 16 * (u ^ g);
+  if constexpr (table_bytes(kId) > 0) wait_barrier(work.window + kTableBarrier, 0);
+
+  Ring ring;
+  int previous = -1;
+  const auto publish = [&] {  // the stage written last: late, when its writes are long done
+    if (previous < 0) return;
+    fence_shared_writes();
     __syncwarp();
-    if constexpr (kCluster > 1) {
-      if (lane < kCluster) arrive_at(empty, lane);
-    } else {
-      if (lane == 0) arrive(empty);
+    if (lane == 0) arrive(work.full(previous));
+  };
+  const auto decode_unit = [&](LaneChunk<kId>(&packed)[kTiles], int unit) {
+    const bool is_empty = test_barrier(work.empty(ring.stage), ring.parity ^ 1);
+    std::uint32_t a[kTiles][kSteps][4];
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i)
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) packed[i].decode(step, tables, a[i][step]);
+    publish();
+    load_ahead(packed);
+    if (!is_empty) wait_barrier(work.empty(ring.stage), ring.parity ^ 1);
+    if (unit == copies.unit) {
+      if (lane == 0) copies.copy(ring.stage);
+      __syncwarp();
+      copies.advance(kDecoders);
     }
+    const std::uint32_t stage = work.stage(s, ring.stage);
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        constexpr int kTileBytes = kDecoders * kTileRows * kChunkColumns;
+        store_shared(stage + places[2 * step] + i * kTileBytes, a[i][step][0]);
+        store_shared(stage + places[2 * step] + i * kTileBytes + 8 * kChunkColumns, a[i][step][1]);
+        store_shared(stage + places[2 * step + 1] + i * kTileBytes, a[i][step][2]);
+        store_shared(stage + places[2 * step + 1] + i * kTileBytes + 8 * kChunkColumns, a[i][step][3]);
+      }
+    }
+    previous = ring.stage;
+    ring.advance(s.stages);
+  };
+  for (int unit = 0; unit < units; unit += kPrefetch) {
+    decode_unit(buffer[0], unit);
+#pragma unroll
+    for (int b = 1; b < kPrefetch; ++b)
+      if (unit + b < units) decode_unit(buffer[b], unit + b);
   }
+  publish();
+}
 
-  // The k_groups warpgroups of a row group add their sums up in the first one.
-  __device__ __forceinline__ void join_groups(std::int32_t (&acc)[kSums], int row_group, int k_group, int thread) const {
-    constexpr int kRound = kSums < 16 ? kSums : 16;
-    const int k_groups = p.schedule.k_groups;
-    int4* exchange = reinterpret_cast<int4*>(shared + kSharedArea + row_group * p.schedule.area_stride) + thread;
+// The CTAs of a cluster add their sums up, and each finishes its part of the columns. All threads of the warpgroups that
+// multiply.
+template <int kN>
+__device__ __forceinline__ void finish_split(const WgmmaArguments& p, const WgmmaWork& work, char* shared, int warpgroup,
+                                             int thread, const std::int32_t (&acc)[kN / 2], int first_row, int first_column) {
+  constexpr int kParts = 8, kPart = kN / kParts, kQuads = kN / 8, kPartQuads = kQuads / kParts;
+  const WgmmaSchedule& s = p.schedule;
+  synchronize_threads(kMultiplyingBarrier, 128 * kWgmmaGroups);  // the stages have been read
+  int4* sums = reinterpret_cast<int4*>(shared + s.shared_stages) + warpgroup * kQuads * 128 + thread;
 #pragma unroll
-    for (int first = 0; first < kSums; first += kRound) {
-      synchronize_threads(kRowGroupBarrier + row_group, 128 * k_groups);  // what was there before has been read
-      if (k_group > 0) {
+  for (int q = 0; q < kQuads; ++q) sums[q * 128] = make_int4(acc[4 * q], acc[4 * q + 1], acc[4 * q + 2], acc[4 * q + 3]);
+  synchronize_cluster();
+  const std::uint32_t address = work.window + s.shared_stages + (warpgroup * kQuads * 128 + thread) * 16;
+  const int last = kParts * (work.rank + 1) / s.splits;
+  for (int part = kParts * work.rank / s.splits; part < last; ++part) {
+    if (first_row >= p.weight.rows || first_column + part * kPart >= p.a.num_columns()) break;
+    std::int32_t total[kPart / 2] = {};
+    for (int rank = 0; rank < s.splits; ++rank) {
+      const std::uint32_t other = address_in(address + part * kPartQuads * 2048, rank);
 #pragma unroll
-        for (int q = 0; q < kRound / 4; ++q)
-          exchange[(k_group - 1) * (kExchangeBytes / 16) + q * 128] =
-              make_int4(acc[first + 4 * q], acc[first + 4 * q + 1], acc[first + 4 * q + 2], acc[first + 4 * q + 3]);
-      }
-      synchronize_threads(kRowGroupBarrier + row_group, 128 * k_groups);
-      if (k_group == 0) {
-        for (int k = 0; k < k_groups - 1; ++k) {
-#pragma unroll
-          for (int q = 0; q < kRound / 4; ++q) {
-            const int4 other = exchange[k * (kExchangeBytes / 16) + q * 128];
-            acc[first + 4 * q] += other.x;
-            acc[first + 4 * q + 1] += other.y;
-            acc[first + 4 * q + 2] += other.z;
-            acc[first + 4 * q + 3] += other.w;
-          }
-        }
+      for (int q = 0; q < kPartQuads; ++q) {
+        const int4 v = load_remote(other + q * 2048);
+        total[4 * q] += v.x;
+        total[4 * q + 1] += v.y;
+        total[4 * q + 2] += v.z;
+        total[4 * q + 3] += v.w;
       }
     }
+    WgmmaFinish<kPart> finish(p, first_row, first_column + part * kPart, thread, shared + kSharedArea + warpgroup * s.area_stride,
+                              kWarpgroupBarrier + warpgroup);
+    finish.load();
+    finish.store(total);
   }
+}
 
-  // Adds the sums of all workers that share a tile. True for the last to come, which then has the total.
-  __device__ __forceinline__ bool join_workers(std::int32_t (&acc)[kSums], int worker, int rest_tile, int tile_row_group,
-                                               int thread) const {
-    const WgmmaSchedule& s = p.schedule;
-    const int barrier = kWarpgroupBarrier + warpgroup;
-    const int first = s.worker_of(rest_tile * s.units), last = s.worker_of((rest_tile + 1) * s.units - 1);
-    const auto slot = [&](int w) {
-      return reinterpret_cast<int4*>(p.partial + (w + rest_tile) * s.slot_elements() + tile_row_group * (64 * kN)) + thread;
-    };
-    int4* mine = slot(worker);
-#pragma unroll
-    for (int q = 0; q < kSums / 4; ++q)
-      __stcg(mine + q * 128, make_int4(acc[4 * q], acc[4 * q + 1], acc[4 * q + 2], acc[4 * q + 3]));
-    __threadfence();
-    synchronize_threads(barrier, 128);
-    std::int32_t* counter = p.counters + rest_tile * s.tile_row_groups() + tile_row_group;
-    volatile int* flag = reinterpret_cast<volatile int*>(shared + kFlags) + warpgroup;
-    if (thread == 0) {
-      const int before = atomicAdd(counter, 1);
-      const bool is_last = before == last - first;
-      if (is_last) *counter = 0;
-      *flag = is_last;
-    }
-    synchronize_threads(barrier, 128);
-    const bool is_last = *flag != 0;
-    if (!is_last) return false;
-    __threadfence();
-    for (int w = first; w <= last; ++w) {
-      if (w == worker) continue;
-      const int4* other = slot(w);
-      constexpr int kAtOnce = kN == 128 ? 4 : kSums / 4 < 8 ? kSums / 4 : 8;  // as registers allow
-#pragma unroll
-      for (int first_load = 0; first_load < kSums / 4; first_load += kAtOnce) {
-        asm volatile("" ::: "memory");
-#pragma unroll
-        for (int q = first_load; q < first_load + kAtOnce; ++q) {
-          const int4 v = __ldcg(other + q * 128);
-          acc[4 * q] += v.x;
-          acc[4 * q + 1] += v.y;
-          acc[4 * q + 2] += v.z;
-          acc[4 * q + 3] += v.w;
-        }
-      }
-    }
-    return true;
+// A warpgroup that multiplies.
+template <int kN, bool kSplit>
+__device__ __forceinline__ void multiply_tiles(const WgmmaArguments& p, const WgmmaWork& work, char* shared) {
+  const WgmmaSchedule& s = p.schedule;
+  const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0), lane = threadIdx.x % 32;
+  if (threadIdx.x == 0) {  // decode_tiles copies the others
+    WgmmaCopies<kN> copies(p, work);
+    const int units = min(work.units(s), s.stages);
+    for (; copies.unit < units; copies.advance(1)) copies.copy(copies.unit);
   }
+  __syncwarp();
+  const auto release = [&](int stage) {
+    __syncwarp();
+    if (lane == 0) arrive(work.empty(stage));
+  };
+  std::int32_t acc[kN / 2];
+  Ring ring;
+  for (int tile = work.first; tile < s.tiles(); tile += work.stride) {
+#pragma unroll
+    for (int i = 0; i < kN / 2; ++i) acc[i] = 0;
+    int previous = -1;
+    for (int chunk = work.begin; chunk < work.end; ++chunk) {
+      const std::uint32_t stage = work.stage(s, ring.stage);
+      const std::uint64_t a = swizzled_operand(stage + warpgroup * (kWeightBytes / kWgmmaGroups));
+      const std::uint64_t b = swizzled_operand(stage + kWeightBytes);
+      wait_barrier(work.full(ring.stage), ring.parity);
+      fence_operands();
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) multiply<kN>(acc, a + 2 * step, b + 2 * step);  // 32 bytes, in units of 16
+      commit_products();
+      wait_products<1>();
+      if (previous >= 0) release(previous);
+      previous = ring.stage;
+      ring.advance(s.stages);
+    }
+    wait_products<0>();
+#pragma unroll
+    for (int i = 0; i < kN / 2; ++i) asm volatile("" : "+r"(acc[i]));
+    if (previous >= 0) release(previous);
 
-  __device__ __forceinline__ void run(int worker) const {
-    const WgmmaSchedule& s = p.schedule;
-    const int row_groups = s.row_groups(), row_group = warpgroup & (row_groups - 1), k_group = warpgroup >> s.row_shift;
-    const int num_chunks = static_cast<int>(p.weight.num_chunks);
-    const Tables tables{window + s.shared_digits, window + s.shared_gains};
-    const char* packed = shared + s.shared_stages + s.k_groups * kN * kChunkColumns + (warpgroup * 4 + warp) * kChunkBytes;
-    const std::uint32_t operand = window + s.shared_stages + k_group * kN * kChunkColumns;
-    if constexpr (table_bytes(kId) > 0) wait_barrier(window + kTableBarrier, 0);
-
-    std::uint32_t weights[kBuffers][4] = {};
-    std::int32_t acc[kSums];
-    Ring ring;
-    WgmmaWalk walk(worker);
-    WgmmaPiece piece;
-    while (walk.next(s, piece)) {
-#pragma unroll
-      for (int i = 0; i < kSums; ++i) acc[i] = 0;
-      int previous = -1;
-      for (int unit = piece.begin; unit < piece.end; ++unit) {
-        wait_barrier(window + kFullBarriers + 8 * ring.stage, ring.parity);
-        if (unit * s.k_groups + k_group < num_chunks) {
-          LaneChunk<kId> chunk;
-          const char* place = packed + ring.stage * s.stage_bytes;
-          if constexpr (kId != CodebookId::kInt8) chunk.read(place, lane);
-          const std::uint32_t b = operand + ring.stage * s.stage_bytes;
-#pragma unroll
-          for (int step = 0; step < kSteps; ++step) {
-            std::uint32_t (&a)[4] = weights[step % kBuffers];
-            wait_products<kBuffers - 1>();
-            keep(a);
-            if constexpr (kId == CodebookId::kInt8) {  // not before the wait: these are the registers being multiplied
-              load_fragment(shared_address(place) + step * 512 + lane * 16, a);
-            } else {
-              chunk.decode(step, tables, a);
-            }
-            fence_operands();
-            multiply<kN>(acc, a, swizzled_operand(b + 32 * step));
-            commit_products();
-          }
-        } else {  // the last unit has fewer chunks
-          wait_products<0>();
-        }
-        if (previous >= 0) release(previous);  // its products are over, as waited for in the last step above
-        previous = ring.stage;
-        ring.advance(s.stages);
-      }
-      wait_products<0>();
-#pragma unroll
-      for (int i = 0; i < kBuffers; ++i) keep(weights[i]);
-#pragma unroll
-      for (int i = 0; i < kSums; ++i) asm volatile("" : "+r"(acc[i]));
-      release(previous);
-
-      int thread = warp * 32 + lane;
-      asm volatile("" : "+r"(thread));  // what depends on it is not kept in registers from tile to tile
-      thread &= 127;
-      int row_tile, column_tile;
-      s.place(piece.tile, row_tile, column_tile);
-      const int tile_row_group = rank * row_groups + row_group;
-      const int first_row = (row_tile * s.tile_row_groups() + tile_row_group) * 64;
-      if (s.k_groups > 1) join_groups(acc, row_group, k_group, thread);
-      if (k_group > 0 || first_row >= p.weight.rows) continue;
-      const int rest_tile = piece.tile - s.whole_rounds * s.workers;
-      if (piece.end - piece.begin < s.units && !join_workers(acc, worker, rest_tile, tile_row_group, thread)) continue;
-      WgmmaFinish<kN> finish(p, first_row, column_tile * kN, thread, shared + kSharedArea + row_group * s.area_stride,
+    int thread = threadIdx.x;
+    asm volatile("" : "+r"(thread));  // what depends on it is not kept in registers from tile to tile
+    thread &= 127;
+    int row_tile, column_tile;
+    s.place(tile, row_tile, column_tile);
+    const int first_row = row_tile * kWgmmaRows + warpgroup * 64;
+    if constexpr (kSplit) {
+      finish_split<kN>(p, work, shared, warpgroup, thread, acc, first_row, column_tile * kN);
+    } else if (first_row < p.weight.rows) {
+      WgmmaFinish<kN> finish(p, first_row, column_tile * kN, thread, shared + kSharedArea + warpgroup * s.area_stride,
                              kWarpgroupBarrier + warpgroup);
       finish.load();
       finish.store(acc);
     }
   }
-};
+}
 
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
 
-template <CodebookId kId, int kN>
-__global__ void PVQ_CLUSTER(wgmma_cluster(kN)) __launch_bounds__(wgmma_threads(kN), 1)
+template <CodebookId kId, int kN, bool kSplit>
+__global__ void __launch_bounds__(wgmma_register_bound(kN), 1)
     many_columns_wgmma_kernel(const __grid_constant__ WgmmaArguments p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  constexpr int kCluster = wgmma_cluster(kN), kGroups = wgmma_groups(kN);
   extern __shared__ char dynamic[];
   // Within a cluster an address has the number of the CTA in its upper bits.
-  const std::uint32_t window = kCluster > 1 ? shared_address(dynamic) - kSharedBase : 0;
+  const std::uint32_t window = shared_address(dynamic) - kSharedBase;
   if ((shared_address(dynamic) & 0xffffffu) != kSharedBase) __trap();  // the schedule counts on it
   char* shared = dynamic - kSharedBase;
+  const WgmmaSchedule& s = p.schedule;
 
   launch_dependents();
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0), lane = threadIdx.x % 32;
-  const int rank = kCluster > 1 ? static_cast<int>(cluster_rank()) : 0, worker = blockIdx.x / kCluster;
-  const bool is_producer = warp == kGroups * 4;  // the other warps of its warpgroup have nothing to do
-  if (is_producer && lane == 0) {
+  const int rank = static_cast<int>(cluster_rank()), num_chunks = static_cast<int>(p.weight.num_chunks);
+  WgmmaWork work{static_cast<int>(blockIdx.x) / s.splits, s.workers, 0, num_chunks, rank, window};
+  if constexpr (kSplit) {
+    work.begin = num_chunks * rank / s.splits;
+    work.end = num_chunks * (rank + 1) / s.splits;
+  }
+  if (threadIdx.x == 0) {
     init_barrier(window + kTableBarrier, 1);
-    for (int stage = 0; stage < p.schedule.stages; ++stage) {
-      init_barrier(window + kFullBarriers + 8 * stage, 1);
-      init_barrier(window + kEmptyBarriers + 8 * stage, kGroups * 4 * kCluster);
+    for (int stage = 0; stage < s.stages; ++stage) {
+      init_barrier(work.full(stage), 1 + wgmma_decoders(kN));
+      init_barrier(work.empty(stage), kWgmmaGroups * 4);
     }
     fence_barrier_init();
+    if constexpr (table_bytes(kId) > 0) {
+      expect_bytes(window + kTableBarrier, table_bytes(kId));
+      copy_bulk(window + s.shared_digits, p.weight.table, table_bytes(kId), window + kTableBarrier);
+    }
   }
   if constexpr (table_bytes(kId) > 0) {
-    if (warp == 0) write_gains<kId>(shared + kSharedGains, lane);
+    if (warp == kWgmmaGroups * 4) write_gains<kId>(shared + kSharedGains, lane);
   }
   __syncthreads();
-  if constexpr (kCluster > 1) synchronize_cluster();
 
-  if (warp >= kGroups * 4) {
-    shrink_registers<kCopyRegisters>();
-    if (is_producer) {
-      if constexpr (table_bytes(kId) > 0) {
-        if (lane == 0) {
-          expect_bytes(window + kTableBarrier, table_bytes(kId));
-          copy_bulk(window + p.schedule.shared_digits, p.weight.table, table_bytes(kId), window + kTableBarrier);
-        }
-        __syncwarp();
-      }
-      WgmmaProducer<kId, kN>{p, window, lane, rank}.run(worker);
-    }
+  if (warp >= kWgmmaGroups * 4) {
+    decode_tiles<kId, kN>(p, work, warp - kWgmmaGroups * 4, lane);
+    __syncwarp();
+    if constexpr (kSplit) synchronize_cluster();  // with finish_split
   } else {
-    grow_registers<multiply_registers(kN)>();
     wait_for_dependencies();
-    WgmmaConsumer<kId, kN>{p, window, shared, warp / 4, warp % 4, lane, rank}.run(worker);
+    multiply_tiles<kN, kSplit>(p, work, shared);
+    __syncwarp();
   }
-  __syncwarp();
-  // Until then the other CTA may still signal this one's barriers.
-  if constexpr (kCluster > 1) synchronize_cluster();
+  if constexpr (kSplit) synchronize_cluster();  // until then others may read this CTA's sums
 #endif
 }
 
@@ -350,17 +333,12 @@ void launch_many_columns_wgmma(const WgmmaArguments& p, cudaStream_t stream) {
   const WgmmaSchedule& s = p.schedule;
   const auto start = [&](auto columns) {
     constexpr int kN = decltype(columns)::value;
-    const dim3 grid(static_cast<unsigned>(s.workers * wgmma_cluster(kN))), block(wgmma_threads(kN));
-    launch_overlapping(starts_early(p.a, grid.x), many_columns_wgmma_kernel<kId, kN>, grid, block,
-                       static_cast<std::size_t>(s.shared_bytes), stream, p);
+    const dim3 grid(static_cast<unsigned>(s.workers * s.splits)), block(wgmma_threads(kN));
+    const auto kernel = s.splits > 1 ? many_columns_wgmma_kernel<kId, kN, true> : many_columns_wgmma_kernel<kId, kN, false>;
+    launch_clusters(s.splits, starts_early(p.a, grid.x), kernel, grid, block, static_cast<std::size_t>(s.shared_bytes), stream,
+                    p);
   };
   switch (s.columns_per_tile) {
-    case 16:
-      return start(std::integral_constant<int, 16>{});
-    case 32:
-      return start(std::integral_constant<int, 32>{});
-    case 64:
-      return start(std::integral_constant<int, 64>{});
     case 128:
       return start(std::integral_constant<int, 128>{});
     default:

@@ -24,7 +24,7 @@ constexpr int kStageBytes = kWeightBytes + kCluster * kHalfBytes;
 
 // Shared memory by address, from kSharedBase: barriers, the epilogue's areas, stages.
 constexpr int kFull = kSharedBase, kEmpty = kFull + 8 * kStages;
-constexpr int kAreaBytes = staged_columns(kN) * kStagedColumnBytes + kN * 8;
+constexpr int kAreaBytes = finish_area_bytes(kN);
 constexpr int kShared = (kSharedArea + kGroups * kAreaBytes + 1023) / 1024 * 1024;
 constexpr int kDynamicBytes = kShared + kStages * kStageBytes - kSharedBase;
 static_assert(kEmpty + 8 * kStages <= kSharedArea && kDynamicBytes <= 227 * 1024);
@@ -95,7 +95,7 @@ __device__ __forceinline__ void multiply_tiles(const PrefillArguments& p, std::u
       wait_barrier(window + kFull + 8 * ring.stage, ring.parity);
       fence_operands();
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) multiply_shared(acc, a + 2 * step, b + 2 * step);  // 32 bytes, in units of 16
+      for (int step = 0; step < kSteps; ++step) multiply<kN>(acc, a + 2 * step, b + 2 * step);  // 32 bytes, in units of 16
       commit_products();
       if (chunk == 0 && has_rows) finish.load();  // its latency hides behind the products
       wait_products<1>();
@@ -158,7 +158,7 @@ void start(const Product& product, const std::uint8_t* expanded, cudaStream_t st
 
 bool prefill_pays(std::int64_t rows, std::int64_t num_columns) {
   // In columns of the whole weight at full speed: many_columns_wgmma takes kSlower of them for each, expanding kExpanding.
-  constexpr double kSlower = 1.6, kExpanding = 340;
+  constexpr double kSlower = 1.4, kExpanding = 340;
   const std::int64_t workers = device_properties().num_sms / kCluster;
   const std::int64_t tiles = (rows + kTileHeight - 1) / kTileHeight * ((num_columns + kN - 1) / kN);
   const double slots = static_cast<double>(round_up(tiles, workers)) * kTileHeight * kN;

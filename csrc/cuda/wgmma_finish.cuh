@@ -17,8 +17,6 @@ struct Product {
 };
 
 struct WgmmaArguments : Product {
-  std::int32_t* partial;
-  std::int32_t* counters;
   WgmmaSchedule schedule;
 };
 

@@ -98,7 +98,7 @@ def test_every_kernel(kit, monkeypatch, kernel, name, mode):
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("kernel", ["auto", "prefill"])
+@pytest.mark.parametrize("kernel", ["auto", "wgmma", "prefill"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_more_tiles_than_multiprocessors(kit, monkeypatch, kernel, dtype):
     """A block takes several tiles, of several panels, one after another."""
@@ -107,6 +107,20 @@ def test_more_tiles_than_multiprocessors(kit, monkeypatch, kernel, dtype):
         layer = kit.build_layer([(name, 4500)], columns, mode)
         x = kit.random_tokens(tokens, columns, dtype)
         assert kit.describe_difference(*layer.both(x, torch.randn(4500).to(dtype))) == ""
+
+
+@pytest.mark.parametrize("mode", ["a8", "a16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_blocks_that_divide_a_reduction(kit, monkeypatch, name, mode):
+    """Few rows: clusters of two and three blocks add their sums up, of one chunk each and of many."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("this GPU has no wgmma")
+    monkeypatch.setenv("PVQ_CUDA_KERNEL", "wgmma")
+    for columns, rows in ((264, 70), (2056, 6200), (4096, 3000)):
+        layer = kit.build_layer([(name, rows)], columns, mode, 0)
+        for tokens in (65, 128, 200, 256):
+            x = kit.random_tokens(tokens, columns, torch.float16)
+            assert kit.describe_difference(*layer.both(x, torch.randn(rows).half())) == ""
 
 
 @pytest.mark.parametrize("name", NAMES)
