@@ -117,11 +117,18 @@ def test_guidellm_measures(served, tiny_llama, tmp_path):
 @needs("schemathesis")
 @pytest.mark.timeout(3600)
 def test_schemathesis_finds_no_5xx(served):
-    """Every operation of the served document, but two that would take the engine apart."""
+    """Every operation of the served document, but two that would take the engine apart. One worker: its threads trip over
+    each other in Python 3.11.
+    """
     command = [client("schemathesis"), "run", f"{served.url}/openapi.json", "--checks", "not_a_server_error"]
     command += ["--header", f"Authorization: Bearer {served.key}", "--max-examples", "40", "--seed", "1"]
-    command += ["--phases", "examples,coverage,fuzzing", "--request-timeout", "60", "--continue-on-failure"]
-    command += ["--workers", "4", "--exclude-path-regex", "scale_elastic_ep|is_scaling_elastic_ep"]
+    command += ["--phases", "examples,coverage,fuzzing", "--request-timeout", "300", "--continue-on-failure"]
+    command += [
+        "--suppress-health-check",
+        "all",
+        "--exclude-path-regex",
+        "scale_elastic_ep|is_scaling_elastic_ep",
+    ]
     text = run(served, *command)
     selected, all_ = map(int, re.search(r"Selected: (\d+)/(\d+)", text).groups())
     tested = int(re.search(r"Tested: (\d+)", text)[1])
