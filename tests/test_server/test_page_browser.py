@@ -148,7 +148,7 @@ def test_an_answer_is_streamed(page, backend):
     backend.hold_at = None
     shows(page, "#text", "The capital of France is Paris.")
     expect(page.locator("#outcome")).to_have_text(
-        re.compile(r"^7 tokens in .* s, first token after .* tokens/s\.$")
+        re.compile(r"^7 tokens in .*s, first token after .* tokens/s\.$")
     )
     expect(page.get_by_role("region", name="Answer")).to_have_attribute("aria-busy", "false")
     (request,) = backend.requests
