@@ -77,8 +77,8 @@ class LayerwiseForward:
         no token reached (an expert) is left out.
 
         Args:
-            token_weights: float32 [tokens], by the name of the first linear that reads a tensor; without, all
-                tokens count alike.
+            token_weights: float32 [tokens], by the name of a linear that reads a tensor; without, all tokens
+                count alike.
         """
         token_weights = token_weights or {}
         begin = 0  # first token of the batch
@@ -143,15 +143,17 @@ class LayerwiseForward:
     @contextmanager
     def head_loaded(self) -> Iterator[None]:
         """Load what lies behind the layers, the head too, for ``logits``."""
-        head = self.source.skeleton.get_output_embeddings()
-        before = head.weight
+        head, name = self.source.skeleton.get_output_embeddings(), self.source.head_name
+        before = dict(head.named_parameters())
         with self._outside_loaded():
-            weight = self.source.read(self.source.weight_name(self.source.head_name))
-            head.weight = nn.Parameter(weight.to(self.device, self.dtype), requires_grad=False)
+            for leaf in before:
+                stored = self.source.weight_name(name) if leaf == "weight" else f"{name}.{leaf}"
+                _set_parameter(head, leaf, self.source.read(stored).to(self.device, self.dtype))
             try:
                 yield
             finally:
-                head.weight = before
+                for leaf, parameter in before.items():
+                    setattr(head, leaf, parameter)
 
     def logits(self, final: torch.Tensor) -> torch.Tensor:
         """Return the logits [1, n, vocabulary] for n outputs of the last layer, [1, n, hidden], with their

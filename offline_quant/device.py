@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pvq_vllm import ops
 from pvq_vllm.codec.errors import PVQError
@@ -35,15 +36,20 @@ def choose_device(device: str) -> str:
 
 
 @contextmanager
-def deterministic() -> Iterator[None]:
+def deterministic(device: str) -> Iterator[None]:
     """Backward passes on a GPU that add in the same order every time, wherever torch has such kernels."""
+    if device != "cuda":
+        yield
+        return
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        with warnings.catch_warnings(action="ignore", category=UserWarning):
+        # Of torch's attention kernels the memory-efficient one adds in any order when it may only warn.
+        kernels = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
+        with kernels, warnings.catch_warnings(action="ignore", category=UserWarning):
             yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])

@@ -28,9 +28,8 @@ LOGIT_TOKENS = 512  # of a head's backward pass: bounds the memory of a large vo
 @dataclass
 class OutputGradients:
     """``outputs``: E[g_i^2] for every output i of every linear layer that a token reached, by the layer's name,
-    float32 [out_features]. ``tokens``: for every tensor that linear layers read, by the name of the first one that
-    does (q of q, k and v), the sum over these layers of the mean of g^2 over their outputs, float32 [tokens]; only
-    where the layers see every token (not experts).
+    float32 [out_features]. ``tokens``: by the name of a linear layer, the mean of g^2 over its outputs, summed over the
+    layers that read the same tensor (q, k and v), float32 [tokens]; only where they see every token (not experts).
     """
 
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -93,7 +92,10 @@ def output_gradients(
         PVQError: the model has no head.
     """
     if source.head_name is None:
-        raise PVQError(f"{source.folder}: the model has no head, so nothing tells what its outputs are worth")
+        raise PVQError(
+            f"{source.folder}: the model has no head, so nothing tells what its outputs are "
+            "worth: give --bits, and --token-weights uniform"
+        )
     length = tokens.shape[1]
     batch = max(1, calibration.BATCH_TOKENS // length)
     hidden_size = source.skeleton.get_output_embeddings().weight.shape[1]
@@ -104,7 +106,7 @@ def output_gradients(
     collected = _Squares(tokens.numel())
     for index, part in enumerate(slices):
         where = f" ({index + 1} of {len(slices)})" if len(slices) > 1 else ""
-        with deterministic():
+        with deterministic(device):
             _backward(
                 source,
                 LayerwiseForward(source, part, device=device),
@@ -122,20 +124,23 @@ class _Squares:
     def __init__(self, num_tokens: int) -> None:
         self.num_tokens, self.begin = num_tokens, 0
         self._outputs: dict[str, torch.Tensor] = {}
-        self._tokens: dict[str, torch.Tensor] = {}
+        self._tokens: dict[str, torch.Tensor] = {}  # by the first layer that reads a tensor, and
+        self._leaders: dict[str, str] = {}  # the first one for all
 
     def add(self, name: str, leader: str, begin: int, batch_tokens: int, gradient: torch.Tensor) -> None:
         squares = gradient.float().square().flatten(0, -2)
         total = squares.sum(dim=0)
         self._outputs[name] = self._outputs[name] + total if name in self._outputs else total
         if len(squares) == batch_tokens:
+            self._leaders[name] = leader
             if leader not in self._tokens:
                 self._tokens[leader] = torch.zeros(self.num_tokens, device=squares.device)
             self._tokens[leader][begin : begin + batch_tokens] += squares.mean(dim=1)
 
     def result(self) -> OutputGradients:
         outputs = {name: (total / self.num_tokens).cpu() for name, total in sorted(self._outputs.items())}
-        return OutputGradients(outputs, {name: total.cpu() for name, total in sorted(self._tokens.items())})
+        tokens = {name: total.cpu() for name, total in self._tokens.items()}
+        return OutputGradients(outputs, {name: tokens[one] for name, one in sorted(self._leaders.items())})
 
 
 def _backward(

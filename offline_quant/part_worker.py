@@ -157,6 +157,13 @@ class PartWorker:
         report["seconds"] = time.perf_counter() - started
         self.writer.write_part(index, tensors, report)
 
+    def release(self) -> None:
+        """Let go of the calibration batch and of the Hessians; no part can be made afterwards."""
+        self._forward = None
+        self._hessians.clear()
+        if self.settings.device == "cuda":
+            torch.cuda.empty_cache()
+
     def restored_weight(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what the stored codes of a module of a decoder layer stand for, [out_features, in_features] in its
         dtype, and its row scales, float16 [out_features].

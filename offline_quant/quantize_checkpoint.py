@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from pvq_vllm.codec.errors import PVQError
 from pvq_vllm.codec.format import FORMAT_VERSION, CheckpointConfig, Codebook
 
 from .calibration_data import SELF, calibration_tokens, tokens_digest
@@ -69,11 +70,13 @@ def quantize_checkpoint(
     )
     settings = replace(settings, rotation=rotation)
     if source.head_name is None:  # nothing to take gradients of
+        if settings.target_bpw is not None:
+            raise PVQError(f"{source.folder}: the model has no head, so no rates can be chosen: give --bits")
         settings = replace(settings, token_weights="uniform")
     if settings.calibration == SELF and not resume:
         check_sampling_memory(source, settings.device)
-    if settings.tune_epochs:
-        check_tuning_memory(source, settings.device)
+    if settings.tune_epochs and not resume:
+        check_tuning_memory(source, settings.device, settings.calibration_length)
     config = plan_checkpoint(source, settings)
     weights = {name: math.prod(source.weight_shape(name)) for name in config.modules}
     candidates = {}
@@ -138,6 +141,7 @@ def _tune(
     progress: Callable[[str], None],
 ) -> None:
     """Tune scales and norms and put them into the parts; what was tuned is kept, so that it is done once."""
+    worker.release()
     given = tokens, settings.tune_epochs, settings.seed, settings.device, progress
     tuned = worker.writer.kept_tensors(
         "tuned", lambda: tuned_tensors(source, config, worker.restored_weight, *given)

@@ -3,13 +3,14 @@
 
 To second order a change dW of one linear layer costs, in nats per token,
 
-    KL = 1/2 tr(G dW H dW^T),    H = E[x x^T] of its inputs,    G = E[g g^T] of its outputs' gradients,
+    KL = 1/2 tr(G dW H dW^T),    H = E[x x^T] of its inputs,    G = E[g g^T] of its outputs' gradients
 
 where g is the gradient of -log p(y) for a y drawn from the model itself (``gradients``): the Fisher information,
 with its two factors taken as independent (K-FAC, Martens and Grosse 2015; SqueezeLLM and GuidedQuant weigh by the same
 gradients). Errors of different rows are taken as independent too, so only the diagonal of G is kept. What is
 measured is then, for every rate, the error dW H dW^T of some rows of a module, quantized as the whole module will be.
-The errors of modules add up, as long as they are small. The pass streams the layers of the base model.
+H counts tokens as it does there. The errors of modules add up, as long as they are small. The pass streams the layers of
+the base model.
 """
 
 from collections.abc import Callable, Mapping

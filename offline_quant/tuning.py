@@ -2,10 +2,10 @@
 """Tune the scales of all rows and the gains of all norms together, after the codes are chosen (`--tune-epochs`).
 
 Codes are chosen layer by layer. What their errors do to the output of the whole model can be answered, in part, by the few
-parameters that stay continuous: a factor for every row of every quantized layer and for every gain of a norm, started at
-1. They minimize the KL divergence KL(base || quantized) on the calibration data, by Adam. The codes do not change, nor the
-size or the speed of the checkpoint. (Tuning what is left after quantization: QuIP#, Tseng et al. 2024; step sizes alone,
-EfficientQAT, Chen et al. 2024.)
+parameters that stay continuous: a factor for every row of every quantized linear of the decoder layers and for every gain
+of a norm, started at 1. They minimize the KL divergence KL(base || quantized) on the calibration data, by Adam. The codes
+do not change, nor the size or the speed of the checkpoint. (Tuning what is left after quantization: QuIP#, Tseng et al.
+2024; step sizes alone, EfficientQAT, Chen et al. 2024.)
 
 This is the one step that holds two whole models, the base and the quantized one.
 """
@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from pvq_vllm.codec.errors import PVQError
 from pvq_vllm.codec.format import CheckpointConfig
 
 from .calibration import forward_dtype
@@ -28,7 +29,9 @@ from .norms import norm_offset
 LEARNING_RATE = 2e-3
 STEP_TOKENS = 4096
 LOGIT_ROWS = 512  # positions whose probabilities are in memory in float32
-EXTRA_BYTES = 4 << 30  # activations of a sequence
+OUTPUT_BYTES = 8  # kept of each output of a linear layer for the backward pass, and
+STREAM_BYTES = 40  # of each column of the residual stream, in every layer
+LOGIT_BYTES = 12
 
 
 def tuned_tensors(
@@ -48,9 +51,9 @@ def tuned_tensors(
         restore: gives a module's dequantized weight and its row scale, float16 [out_features].
         tokens: int64 [sequences, length], the calibration data; ``epochs`` times through, in an order by ``seed``.
     Raises:
-        PVQError: two models do not fit into the free memory.
+        PVQError: two models do not fit into the free memory, or a gradient is not finite.
     """
-    check_tuning_memory(source, device)
+    check_tuning_memory(source, device, tokens.shape[1])
     dtype = forward_dtype(device)
     base, model = (_whole_model(source, dtype, device) for _ in range(2))
     factors: dict[str, nn.Parameter] = {}
@@ -67,21 +70,41 @@ def tuned_tensors(
                 offsets[name] = offset
                 factors[name] = _multiply_rows(module)
     _minimize(base, model, list(factors.values()), tokens, epochs, seed, device, progress)
+    if not all(factor.isfinite().all() for factor in factors.values()):
+        raise PVQError("the gradients of the calibration data overflow while tuning: leave out --tune-epochs")
     result = {}
     for name, factor in factors.items():
         multiplier = factor.detach().cpu().exp()
         if name in scales:
             result[f"{name}.weight_scale"] = (scales[name].float() * multiplier).to(torch.float16)
         else:
-            gain = source.read_stored(f"{name}.weight")
+            gain = source.read_stored(f"{name}.weight").cpu()
             offset = offsets[name]
             result[f"{name}.weight"] = ((gain.float() + offset) * multiplier - offset).to(gain.dtype)
     return result
 
 
-def check_tuning_memory(source: ModelSource, device: str) -> None:
-    """Raise PVQError unless two models fit into the free memory of ``device``."""
-    check_memory(source, device, 2, EXTRA_BYTES, "--tune-epochs", "leave it out, or use a larger machine")
+def check_tuning_memory(source: ModelSource, device: str, length: int) -> None:
+    """Raise PVQError unless two models and the backward pass of a sequence of ``length`` tokens fit into the free
+    memory of ``device``.
+    """
+    vocabulary, width = source.weight_shape(source.embedding_name)
+    outputs = sum(
+        source.weight_shape(name)[0]
+        for layer in range(len(source.layers))
+        for name in source.linear_names(layer)
+    )
+    token_bytes = (
+        OUTPUT_BYTES * outputs + STREAM_BYTES * width * len(source.layers) + LOGIT_BYTES * vocabulary
+    )
+    check_memory(
+        source,
+        device,
+        2,
+        token_bytes * length,
+        "--tune-epochs",
+        "leave it out, or calibrate on shorter sequences",
+    )
 
 
 def _whole_model(source: ModelSource, dtype: torch.dtype, device: str) -> nn.Module:
@@ -92,6 +115,9 @@ def _whole_model(source: ModelSource, dtype: torch.dtype, device: str) -> nn.Mod
         stored = source.weight_name(module) if module == source.head_name and leaf == "weight" else name
         tensor = source.read(stored).to(device, dtype)
         setattr(model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))
+    for name, buffer in model.named_buffers():
+        if name in source.tensors:
+            buffer.copy_(source.read(name))
     return model.to(device).eval()
 
 
@@ -130,7 +156,7 @@ def _minimize(
         optimizer,
         lambda step: min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps)),
     )
-    with deterministic():
+    with deterministic(device):
         for epoch in range(epochs):
             order = torch.randperm(count, generator=torch.Generator().manual_seed((seed + epoch) % 2**63))
             total = 0.0

@@ -32,7 +32,7 @@ def _sources_digest() -> str:
     for folder, patterns in (
         ("offline_quant", ("*.py",)),
         ("pvq_vllm", ("*.py",)),
-        ("csrc", ("*.h", "*.cpp")),
+        ("csrc", ("*.h", "*.cpp", "*.cu", "*.cuh")),
     ):
         for pattern in patterns:
             for path in sorted((ROOT / folder).rglob(pattern)):

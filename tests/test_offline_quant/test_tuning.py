@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tuning of scales and norms: gradients, what is stored, that it lowers the divergence, and that it resumes."""
 
+import dataclasses
+import shutil
+
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
@@ -29,7 +32,6 @@ def settings(**others) -> Settings:
 def in_float32(monkeypatch):
     for module in (calibration, tuning, memory):
         monkeypatch.setattr(module, "forward_dtype", lambda device="cpu": torch.float32)
-    monkeypatch.setattr(tuning, "EXTRA_BYTES", 0)
 
 
 def divergence(folder, base, ids: torch.Tensor) -> float:
@@ -78,6 +80,17 @@ def test_gradient_is_that_of_the_divergence(tiny_llama, monkeypatch):
     assert total == pytest.approx(expected.item(), rel=1e-4)
     (gradient,) = torch.autograd.grad(expected / 10, factor)
     torch.testing.assert_close(factor.grad, gradient, rtol=1e-3, atol=1e-8)
+
+
+def test_buffers_of_the_shards_are_read(tiny_llama, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama, folder)
+    tensors = load_file(folder / "model.safetensors")
+    source = ModelSource.open(folder)
+    source.layers[0].register_buffer("scalar", torch.ones(1))
+    save_file({**tensors, "model.layers.0.scalar": torch.full((1,), 0.5)}, folder / "model.safetensors")
+    source = dataclasses.replace(source, tensors=ModelSource.open(folder).tensors)
+    assert tuning._whole_model(source, torch.float32, "cpu").model.layers[0].scalar.item() == 0.5
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3-tied"])
