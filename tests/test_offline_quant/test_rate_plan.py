@@ -27,7 +27,8 @@ def test_the_average_is_kept_and_used_and_the_loss_falls_with_it(tiny_llama, tmp
         report = quantize_checkpoint(tiny_llama, out, average_settings(target))
         reached = inspect_checkpoint(out)["bits_per_weight"]
         assert reached == pytest.approx(report["bits_per_weight"])
-        assert target - STEP < reached <= target or (target == 9.0 and 8 < reached < 9)
+        step = STEP if target < 4 else 4 * STEP  # the rate above 4 bits is 8
+        assert target - step < reached <= target or (target == 9.0 and 8 < reached < 9)
         assert report["predicted_kl_divergence"] < before
         before = report["predicted_kl_divergence"]
         config = check_checkpoint(out)[0]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The real model of the demo: quantized to four bits with calibration, close to its base, and right in vLLM.
 
-Takes about three minutes on two cores: the download of the demo model, 24 x 1024 tokens of calibration, a short evaluation and
+Takes about three minutes on two cores: the download of the demo model, 12 x 1024 tokens of calibration, a short evaluation and
 one engine start.
 """
 
@@ -20,7 +20,7 @@ from offline_quant.quantize_checkpoint import quantize_checkpoint
 from pvq_vllm.codec.errors import PVQError
 
 pytest.importorskip("vllm")
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(2400)]
 
 REPOSITORY = Path(__file__).parents[2]
 DATA = REPOSITORY / "offline_quant" / "data"
@@ -56,7 +56,7 @@ def base() -> Path:
 @pytest.fixture(scope="module")
 def quantized(base, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("smollm2") / "pvq4"
-    report = quantize_checkpoint(base, out, Settings(calibration="builtin"))
+    report = quantize_checkpoint(base, out, Settings(calibration="builtin", calibration_sequences=12))
     assert report["bits_per_weight"] <= 4.05
     return out
 

@@ -211,7 +211,15 @@ def test_the_bar_is_for_terminals_only(urls, tmp_path, capsys, monkeypatch):
     assert "demo, concurrency 1" in capsys.readouterr().err
 
 
-def test_ctrl_c_keeps_what_is_complete(urls):
+@pytest.fixture
+def heard_signals():
+    """Ctrl-C as in a terminal: a shell starts commands in the background with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_keeps_what_is_complete(urls, heard_signals):
     lengths = Lengths.parse("2", "")
     # So many that the second load cannot be over when the signal takes effect.
     plan = planning.Plan(CONCURRENCY, (1, 2), RandomPrompts(lengths, lengths), requests=20)

@@ -22,7 +22,7 @@ SOAK = Path(__file__).resolve().parents[2] / "benchmarks" / "soak"
 STREAM = {
     "model": "tiny",
     "prompt": "go",
-    "max_tokens": 300,
+    "max_tokens": 480,
     "temperature": 0,
     "ignore_eos": True,
     "stream": True,
