@@ -35,9 +35,8 @@ WgmmaSchedule choose_wgmma_schedule(const WgmmaProblem& problem) {
   WgmmaSchedule best{};
   double best_cycles = -1;
   for (int n : kColumns) {
-    if (problem.columns_per_tile != 0 && n != problem.columns_per_tile) continue;
     for (int splits = 1; splits <= kWgmmaMaxSplits; ++splits) {
-      if ((problem.splits != 0 && splits != problem.splits) || splits > problem.num_chunks) continue;
+      if (splits > problem.num_chunks) break;
       WgmmaSchedule s{};
       s.columns_per_tile = n;
       s.splits = splits;

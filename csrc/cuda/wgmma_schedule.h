@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Who does what in many_columns_wgmma: pure arithmetic, shared by the host, the kernel and tests.
+// Who does what in many_columns_wgmma: pure arithmetic, shared by the host and the kernel.
 //
 // A tile is kWgmmaRows rows by columns_per_tile columns of y. Without splits a CTA takes the tiles worker, worker + workers, ...;
 // with splits the CTAs of a cluster divide the chunks of one tile, at least one each, and add their sums up at the end.
@@ -24,9 +24,7 @@ constexpr int kSharedBase = 1024;
 constexpr int kSharedGains = kSharedBase + 512;
 constexpr int kSharedArea = kSharedBase + 1024;
 
-constexpr int staged_columns(int columns_per_tile) {
-  return columns_per_tile >= 256 ? 64 : columns_per_tile < 32 ? columns_per_tile : 32;
-}
+constexpr int staged_columns(int columns_per_tile) { return columns_per_tile >= 256 ? 64 : 32; }
 constexpr int finish_area_bytes(int columns_per_tile) {  // of a warpgroup
   return staged_columns(columns_per_tile) * kStagedColumnBytes + columns_per_tile * 8;
 }
@@ -57,12 +55,10 @@ struct WgmmaSchedule {
 
 // What choose_wgmma_schedule looks at.
 struct WgmmaProblem {
-  CodebookId codebook;
   int table_bytes;  // digits of the codebook, a power of two or 0
   std::int64_t rows, num_columns, num_chunks;
   int max_shared_bytes;
   int resident[kWgmmaMaxSplits + 1] = {};  // clusters of 1, 2, ... CTAs that run at a time; [0] is not used
-  int columns_per_tile = 0, splits = 0;    // the only ones to consider, for tests; 0: all
 };
 
 // The fastest by a model of cycles (wgmma_schedule.cpp).
