@@ -98,7 +98,7 @@ def quantize_checkpoint(
         predicted = None
         if candidates:
             tell = partial(progress, weights=0)
-            given = data.tokens(writer), data.gradients(writer)
+            given = data.tokens(writer), data.gradients(writer).outputs, data.token_weights(writer)
             losses = measure_losses(source, config, settings, candidates, *given, writer, tell)
             chosen = choose_rates(source, candidates, losses, settings.target_bpw)
             config = with_codebooks(config, chosen)

@@ -21,7 +21,6 @@ from pvq_vllm.codec.format import CheckpointConfig, Codebook
 
 from .calibration import LayerwiseForward
 from .checkpoint_writer import CheckpointWriter
-from .gradients import OutputGradients
 from .hessian import HessianSum
 from .model_source import ModelSource
 from .part_worker import HessianCache, module_rotation
@@ -40,7 +39,8 @@ def measure_losses(
     settings: Settings,
     candidates: Mapping[str, list[Codebook]],
     tokens: torch.Tensor,
-    gradients: OutputGradients,
+    importance: Mapping[str, torch.Tensor],
+    token_weights: Mapping[str, torch.Tensor],
     writer: CheckpointWriter,
     progress: Callable[[str], None],
 ) -> Losses:
@@ -49,12 +49,13 @@ def measure_losses(
     Args:
         config: gives the rotations of the modules.
         candidates: the codebooks that each module may get.
-        tokens: int64 [sequences, length], the calibration data, and ``gradients``, those on it.
+        tokens: int64 [sequences, length], the calibration data.
+        importance: the diagonal of G of every module, float32 [out_features].
+        token_weights: as ``LayerwiseForward.collect`` takes them.
     Returns:
         The losses; a module that no token reached (an expert) is missing.
     """
     device = settings.device
-    token_weights = gradients.token_weights() if settings.token_weights == "gradient" else {}
     losses: Losses = {}
     forward: LayerwiseForward | None = None
     behind = 0  # layers that the batch has still to pass
@@ -77,11 +78,12 @@ def measure_losses(
             for name in sums:
                 by_input.setdefault(id(sums[name]), []).append(name)
             for name in (name for group in by_input.values() for name in group):
-                importance = gradients.outputs[name].to(device)
                 weight = source.read(source.weight_name(name)).to(device)
                 arguments = weight, module_rotation(source, config, name), sums[name], hessians
                 found[name] = {
-                    str(codebook): row_losses(*arguments, importance, codebook, settings.amplitude)
+                    str(codebook): row_losses(
+                        *arguments, importance[name].to(device), codebook, settings.amplitude
+                    )
                     for codebook in candidates[name]
                 }
             return found

@@ -39,8 +39,7 @@ def table(records: list[dict]) -> str:
 
 
 def draw(records: list[dict], path: Path) -> None:
-    """Write the picture: KL divergence and perplexity against bits a weight, this project's points
-    joined."""
+    """Write the picture: KL divergence and perplexity against bits a weight; lines join this project's points."""
     import matplotlib
 
     matplotlib.use("Agg")
