@@ -8,62 +8,22 @@ takes from the same text, and compares. Ends with 1 if the perplexities differ b
 """
 
 import argparse
-import contextlib
 import json
 import math
-import os
-import socket
-import subprocess
 import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 from openai import OpenAI
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.bench_server import served, wait
 from offline_quant.calibration_data import tokenize
 from offline_quant.device import choose_device
 from offline_quant.evaluate import evaluate, evaluation_text
 
 TOLERANCE = 0.005
-START_TIMEOUT_S = 600
-
-
-@contextlib.contextmanager
-def served(checkpoint: Path, length: int) -> Iterator[str]:
-    """Serve a checkpoint for the duration of the context; yield the URL of its API once it is ready."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "pvq_vllm.cli", "serve", str(checkpoint), "--port", str(port)]
-    command += ["--served-model-name", "m", "--max-model-len", str(length + 1), "--enforce-eager"]
-    environment = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-        try:
-            begin = time.monotonic()
-            while not _is_ready(f"http://127.0.0.1:{port}/ready"):
-                if process.poll() is not None or time.monotonic() - begin > START_TIMEOUT_S:
-                    log.seek(0)
-                    sys.exit(f"the server did not start:\n{log.read()[-3000:].decode(errors='replace')}")
-                time.sleep(1)
-            yield f"http://127.0.0.1:{port}/v1"
-        finally:
-            process.terminate()
-            process.wait()
-
-
-def _is_ready(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            return answer.status == 200
-    except (urllib.error.URLError, OSError):
-        return False
 
 
 def mean_loss(client: OpenAI, tokens: list[int]) -> float:
@@ -90,8 +50,13 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     ids = tokenize(arguments.reference, arguments.text)[: arguments.sequences * arguments.length]
-    with served(arguments.checkpoint, arguments.length) as url:
-        client = OpenAI(base_url=url, api_key="none", timeout=600)
+    flags = ["--max-model-len", str(arguments.length + 1), "--enforce-eager"]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        served("pvq serve", str(arguments.checkpoint), flags, Path(folder)) as url,
+    ):
+        wait(url)
+        client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=600)
         losses = [mean_loss(client, sequence.tolist()) for sequence in ids.split(arguments.length)]
     over_api = math.exp(sum(losses) / len(losses))
     result = evaluate(
