@@ -17,10 +17,13 @@ from .rotation import rotate_rows
 
 DAMPING = 0.01  # of the mean of the diagonal: GPTQ's value
 MAX_TRIES = 6  # each with ten times the damping: 0.01 ... 1000
+BLOCK = 256  # columns: of a symmetric product only blocks on and right of the diagonal are computed
 
 
 class HessianSum:
-    """Accumulates X^T diag(w) X over batches in float32, on the device of the activations."""
+    """Accumulates X^T diag(w) X over batches in float32, on the device of the activations. In ``total`` blocks left of the
+    diagonal stay zero on a CPU; ``mean`` fills them.
+    """
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         self.total = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
@@ -40,12 +43,18 @@ class HessianSum:
             self.total += torch.mm(x.T, x, out_dtype=torch.float32)
         else:
             x = x.float()
-            self.total.addmm_(x.T, x)
+            for start in range(0, x.shape[1], BLOCK):
+                columns = slice(start, start + BLOCK)
+                self.total[columns, start:].addmm_(x[:, columns].T, x[:, start:])
         self.num_tokens += x.shape[0]
 
     def mean(self) -> torch.Tensor:
         """Return H = X^T diag(w) X / N, float32 [in_features, in_features]."""
-        return self.total / max(1, self.num_tokens)
+        mean = self.total / max(1, self.num_tokens)
+        for stop in range(BLOCK, len(mean), BLOCK):
+            columns = slice(stop - BLOCK, stop)
+            mean[stop:, columns] = mean[columns, stop:].T
+        return mean
 
 
 @dataclass(frozen=True)

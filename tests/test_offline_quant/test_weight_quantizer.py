@@ -67,6 +67,18 @@ def test_rotated_hessian_is_the_hessian_of_rotated_inputs():
     assert (original.mean() - expected).abs().max() > 1  # a rotation that does nothing cannot pass
 
 
+def test_hessian_of_many_columns_is_whole_and_symmetric():
+    """Wider than the blocks in which it is computed, and no multiple of them."""
+    x = correlated_inputs(50, 600)
+    total = HessianSum(600)
+    total.add(x[:20])
+    total.add(x[20:])
+    mean = total.mean()
+    expected = x.double().T @ x.double() / 50
+    torch.testing.assert_close(mean.double(), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    assert (mean[256:, :256] == mean[:256, 256:].T).all() and mean[512:, 256:512].abs().min() > 0
+
+
 def prepared(width: int, tokens: int = 400) -> RotatedHessian:
     inputs = correlated_inputs(tokens, width)
     return RotatedHessian.of(inputs.T @ inputs / tokens, None)
