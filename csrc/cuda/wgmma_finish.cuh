@@ -26,6 +26,7 @@ struct WgmmaArguments : Product {
 template <int kN>
 struct WgmmaFinish {
   static constexpr int kStaged = staged_columns(kN);
+  static_assert(kN % kStaged == 0, "results are staged in whole slices");
 
   struct __align__(8) Column {
     std::int32_t offset;  // h sum a

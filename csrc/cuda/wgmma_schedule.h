@@ -24,7 +24,8 @@ constexpr int kSharedBase = 1024;
 constexpr int kSharedGains = kSharedBase + 512;
 constexpr int kSharedArea = kSharedBase + 1024;
 
-constexpr int staged_columns(int columns_per_tile) { return columns_per_tile >= 256 ? 64 : 32; }
+// Of a tile, or of the part of one that a CTA finishes (wgmma_finish.cuh).
+constexpr int staged_columns(int columns) { return columns >= 256 ? 64 : columns < 32 ? columns : 32; }
 constexpr int finish_area_bytes(int columns_per_tile) {  // of a warpgroup
   return staged_columns(columns_per_tile) * kStagedColumnBytes + columns_per_tile * 8;
 }
