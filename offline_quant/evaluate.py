@@ -59,7 +59,15 @@ def compare_logits(
         token_ids: int64 [length].
     Returns:
         Means over the sequence: ``kl_divergence``, ``top1_agreement``, ``loss``, ``loss_reference``.
+    Raises:
+        PVQError: a logit is NaN.
     """
+    for name, values in (("the model", logits), ("its reference", reference)):
+        if values.isnan().any():
+            raise PVQError(
+                f"{name} answers with logits that are not numbers: try --dtype float32; if they stay, its weights are damaged "
+                "(copy the folder again) or this is a fault of the kernels (report it with the output of pvq inspect)"
+            )
     sums = dict.fromkeys(("kl_divergence", "top1_agreement", "loss", "loss_reference"), 0.0)
     length = len(token_ids)
     for start in range(

@@ -30,6 +30,19 @@ def test_comparison_of_logits_follows_the_definitions():
     assert same["kl_divergence"] == 0 and same["top1_agreement"] == 1
 
 
+def test_logits_that_are_not_numbers_are_an_error():
+    logits = torch.zeros(4, 8)
+    broken = logits.clone()
+    broken[2, 5] = torch.nan
+    ids = torch.arange(4)
+    with pytest.raises(PVQError, match="^the model answers"):
+        compare_logits(broken, logits, ids)
+    with pytest.raises(PVQError, match="^its reference answers"):
+        compare_logits(logits, broken, ids)
+    broken[2, 5] = -torch.inf  # a token that is ruled out is fine
+    assert compare_logits(logits, broken, ids)["loss"] == pytest.approx(math.log(8))
+
+
 def test_interval_is_students_t():
     mean, (low, high) = mean_and_interval([1.0, 2.0, 3.0, 4.0])
     half = 3.182 * math.sqrt(5 / 3) / 2
