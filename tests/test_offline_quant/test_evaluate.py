@@ -35,9 +35,9 @@ def test_logits_that_are_not_numbers_are_an_error():
     broken = logits.clone()
     broken[2, 5] = torch.nan
     ids = torch.arange(4)
-    with pytest.raises(PVQError, match="^the model answers"):
+    with pytest.raises(PVQError, match=r"^the model answers"):
         compare_logits(broken, logits, ids)
-    with pytest.raises(PVQError, match="^its reference answers"):
+    with pytest.raises(PVQError, match=r"^its reference answers"):
         compare_logits(logits, broken, ids)
     broken[2, 5] = -torch.inf  # a token that is ruled out is fine
     assert compare_logits(logits, broken, ids)["loss"] == pytest.approx(math.log(8))
