@@ -68,6 +68,7 @@ _REPLACED_FLAGS = {
 }
 """Flags of vLLM's HTTP server, which is not used here: an error is better than a limit that is not there."""
 
+_VLLM_KEY = "VLLM_API_KEY"
 _OPEN_FILES = 65535
 _ENGINE_CHECK_INTERVAL_S = 0.2
 _FAILED_TIMEOUT_S = 2.0
@@ -232,7 +233,7 @@ def _take_over(args: argparse.Namespace, settings: Settings) -> KeyStore:
         if settings.api_key
         else list(getattr(args, "api_key", None) or ())
     )
-    from_environment = os.environ.pop("VLLM_API_KEY", None)
+    from_environment = os.environ.pop(_VLLM_KEY, None)
     if not keys and from_environment:
         keys = [from_environment]
     args.api_key = None
@@ -248,9 +249,8 @@ def _limits(client: Any, settings: Settings) -> Limits:
     """Return what may be admitted to the engine behind ``client``."""
     config = client.vllm_config
     can_run = config.scheduler_config.max_num_seqs * config.parallel_config.data_parallel_size
-    waiting = -(-can_run // 4) if settings.max_waiting is None else settings.max_waiting
     return Limits(
-        sequences=can_run + waiting,
+        sequences=can_run + settings.max_waiting,
         body_bytes=settings.max_body_bytes,
         sequences_per_key=settings.max_inflight_per_key,
         requests_per_minute=settings.max_requests_per_minute_per_key,
@@ -352,6 +352,7 @@ def run(
         loading = LoadingServer(settings, state, listener)
         loading.start()
         args = parse_arguments(model, settings, flags)
+        handed_on = {name: os.environ[name] for name in (_VLLM_KEY,) if name in os.environ}
         keys = _take_over(args, settings)
         check_architecture(model)
         set_cpu_defaults(settings)
@@ -368,6 +369,6 @@ def run(
         end_children()
         if settings.on_engine_death == "restart" and not state.told_to_end:
             if len(recent(restarts)) < settings.max_restarts:
-                restart(listener, restarts)
+                restart(listener, restarts, handed_on)
             logger.error("%d restarts within %g s: giving up", len(recent(restarts)), WINDOW_S)
         return 1

@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 import psutil
@@ -43,9 +43,14 @@ def recent(times: Sequence[float]) -> list[float]:
     return [when for when in times if time.time() - when < WINDOW_S]
 
 
-def restart(listener: socket.socket, times: Sequence[float]) -> NoReturn:
-    """Replace this process by a fresh one with the same arguments; does not return."""
+def restart(listener: socket.socket, times: Sequence[float], environment: Mapping[str, str]) -> NoReturn:
+    """Replace this process by a fresh one with the same arguments; does not return.
+
+    Args:
+        environment: variables that this image has taken out of its own and the next one needs.
+    """
     listener.set_inheritable(True)
+    os.environ.update(environment)
     os.environ[_VARIABLE] = json.dumps({"fd": listener.fileno(), "times": [*recent(times), time.time()]})
     sys.stdout.flush()
     sys.stderr.flush()

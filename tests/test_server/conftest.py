@@ -190,14 +190,16 @@ def start_server(tiny_llama, tmp_path_factory):
     """Return a function: flags -> context of a ``Served`` that may still be loading."""
 
     @contextlib.contextmanager
-    def start(*flags: str):
+    def start(*flags: str, key_variable: str = "PVQ_API_KEY"):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         log_path = tmp_path_factory.mktemp("serve") / "serve.log"
         command = [sys.executable, "-m", "pvq_vllm.cli", "serve", str(tiny_llama), "--port", str(port)]
         command += ["--served-model-name", "tiny", "--max-model-len", "512", "--enforce-eager", *flags]
-        environment = dict(os.environ, PVQ_API_KEY=Served.key, PVQ_CPU_KV_CACHE_GIB="1", HF_HUB_OFFLINE="1")
+        environment = dict(os.environ, PVQ_CPU_KV_CACHE_GIB="1", HF_HUB_OFFLINE="1") | {
+            key_variable: Served.key
+        }
         with open(log_path, "w") as log:
             process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True

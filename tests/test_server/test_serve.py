@@ -190,13 +190,15 @@ def test_ctrl_c_while_the_model_loads_ends_the_server(start_server):
 
 
 def test_a_dead_engine_is_restarted_and_sigterm_lets_the_running_request_end(start_server):
-    with start_server("--on-engine-death", "restart", "--drain-timeout-s", "60") as server:
+    flags = ("--on-engine-death", "restart", "--drain-timeout-s", "60")
+    with start_server(*flags, key_variable="VLLM_API_KEY") as server:  # vLLM's own variable holds as well
         server.wait_until_ready()
         answers, seconds = asyncio.run(kill_engine_under_load(server))
         assert seconds < 2
         check_clean_errors(answers)
         server.wait_until_ready()
         assert server.metric("pvq_server_restarts") == 1
+        assert httpx.get(f"{server.url}/v1/models").status_code == 401  # the key has come along
 
         headers = {"Authorization": f"Bearer {server.key}"}
         with httpx.Client(base_url=server.url, headers=headers, timeout=60) as client:
