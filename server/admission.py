@@ -2,7 +2,7 @@
 """Decides which requests reach the engine, so that those that do keep their latency whatever arrives.
 
 The unit is the sequence: a request with n = 4 and two prompts is eight. At most ``sequences`` are admitted at a
-time, as many as the engine runs and a few that wait; the next one is refused at once with 429. The caller can try
+time, as many as the engine runs and those that may wait; the next one is refused at once with 429. The caller can try
 elsewhere or later, which a queue that grows would keep from it.
 """
 
@@ -10,12 +10,12 @@ import contextlib
 import dataclasses
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from server import metrics
 from server.asgi import App, Receive, Refused, Scope, Send, send_error
-from server.body import Disconnected, declared_length, is_json, parse, read_body
+from server.body import Disconnected, is_json, parse, read_body
 from server.disconnect import run_while_connected
 from server.prompts import count_sequences, longest_prompt_tokens, output_tokens
 from server.unusable import check
@@ -78,12 +78,12 @@ class Admission:
             if self._rate and (wait_s := self._rate.take(key)):
                 text = f"this key may send {self.limits.requests_per_minute} requests a minute: wait"
                 raise Refused(429, "requests_per_minute", text, retry_after_s=int(wait_s) + 1)
-            with self._buffer(scope):
-                body = await read_body(scope, receive, self.limits.body_bytes)
+            with self._buffer() as keep:
+                body = await read_body(scope, receive, self.limits.body_bytes, keep)
                 # Clients name the type of a body that is not there, too: /v1/responses/ID/cancel has none.
                 request = parse(body) if body and is_json(scope) else None
-            check(request)
-            await self._check_lengths(scope, request, len(body))
+                check(request)
+                await self._check_lengths(scope, request, len(body))
             admitted = self._admitted(count_sequences(request), key)
         except Refused as refusal:
             metrics.REJECTED.labels(refusal.code).inc()
@@ -117,16 +117,23 @@ class Admission:
             raise Refused(429, "sequences_per_key", text)
 
     @contextlib.contextmanager
-    def _buffer(self, scope: Scope) -> Iterator[None]:
-        """Account for the memory of a body that is being read."""
-        size = min(declared_length(scope) or self.limits.body_bytes, self.limits.body_bytes)
-        if self._buffered_bytes + size > _BUFFERED_BODIES * self.limits.body_bytes:
-            raise Refused(429, "server_busy", "the server is reading as much as it can hold: try again later")
-        self._buffered_bytes += size
+    def _buffer(self) -> Iterator[Callable[[int], None]]:
+        """Account for the memory of a body, as it arrives: one that was only announced takes nothing from others."""
+        held = 0
+
+        def keep(size: int) -> None:
+            nonlocal held
+            if self._buffered_bytes + size > _BUFFERED_BODIES * self.limits.body_bytes:
+                raise Refused(
+                    429, "server_busy", "the server is reading as much as it can hold: try again later"
+                )
+            held += size
+            self._buffered_bytes += size
+
         try:
-            yield
+            yield keep
         finally:
-            self._buffered_bytes -= size
+            self._buffered_bytes -= held
 
     async def _check_lengths(self, scope: Scope, request: Any, body_bytes: int) -> None:
         if not isinstance(request, dict):

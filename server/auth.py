@@ -7,8 +7,9 @@ from server.keys import KeyStore
 from server.routes import page
 
 OPEN_PATHS = page.PATHS | {"/health", "/ready", "/metrics", "/ping"}
-"""The page, and what load balancers and Prometheus ask; everything else asks for a key, vLLM's routes outside /v1
-too, which its own check leaves open."""
+"""The page, and what load balancers and Prometheus read; everything else asks for a key, vLLM's routes outside /v1
+too, which its own check leaves open, and whatever has a body."""
+_READING = frozenset({"GET", "HEAD"})
 
 
 class Authentication:
@@ -26,7 +27,8 @@ class Authentication:
             return
         name = self.keys.name_of(header(scope, b"authorization")) if len(self.keys) else ""
         scope["pvq.key"] = name or ""
-        is_open = scope["path"] in OPEN_PATHS or scope.get("method") == "OPTIONS"
+        method = scope.get("method")
+        is_open = (method in _READING and scope["path"] in OPEN_PATHS) or method == "OPTIONS"
         if name is not None or is_open:
             await self.app(scope, receive, send)
         elif scope["type"] == "websocket":

@@ -3,6 +3,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 from server.asgi import Receive, Refused, Scope, header
@@ -25,9 +26,11 @@ def declared_length(scope: Scope) -> int | None:
     return int(text) if text.isdecimal() else None
 
 
-async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
+async def read_body(scope: Scope, receive: Receive, max_bytes: int, keep: Callable[[int], None]) -> bytes:
     """Return the whole body.
 
+    Args:
+        keep: told how many bytes each part has before it is kept; it may raise.
     Raises:
         Refused: it is, or says that it is, longer than ``max_bytes``; nothing more is kept in memory.
         Disconnected: the client left.
@@ -44,6 +47,7 @@ async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
         size += len(part)
         if size > max_bytes:
             raise too_large
+        keep(len(part))
         parts.append(part)
         if not message.get("more_body", False):
             return parts[0] if len(parts) == 1 else b"".join(parts)

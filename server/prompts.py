@@ -30,10 +30,17 @@ def whole_number(value: Any, default: int) -> int:
         return default
 
 
+def _asked(request: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of ``request``, with those of vLLM's own API, which has them in an object."""
+    inner = request.get("sampling_params")
+    return {**inner, **request} if isinstance(inner, dict) else request
+
+
 def count_sequences(request: Any) -> int:
     """Return how many sequences ``request`` makes: prompts times the larger of n and best_of."""
     if not isinstance(request, dict):
         return 1
+    request = _asked(request)
     several = [
         len(value)
         for value in map(request.get, _PROMPT_FIELDS)
@@ -45,6 +52,7 @@ def count_sequences(request: Any) -> int:
 
 def output_tokens(request: dict[str, Any]) -> tuple[str, int]:
     """Return the field that asks for most output tokens, and how many; 0 if none does."""
+    request = _asked(request)
     wanted = ((name, whole_number(request.get(name), 0)) for name in _OUTPUT_FIELDS)
     return max(wanted, key=lambda pair: pair[1])
 
@@ -66,9 +74,13 @@ def _questions(request: dict[str, Any], limit: int) -> Iterator[int | dict[str, 
     if isinstance(messages, list):
         several = messages if messages and isinstance(messages[0], list) else [messages]
         kept = {name: request[name] for name in ("tools", "chat_template_kwargs") if request.get(name)}
+        if system := "\n".join(_strings(request.get("system"))):  # of /v1/messages
+            first = {"role": "system", "content": system}
+            several = [[first, *one] for one in several if isinstance(one, list)]
         for one in several:
             yield {"messages": one, **kept}
-    prompt = request.get("prompt", request.get("input"))
+    prompt = next((request[name] for name in ("prompt", "input", "token_ids") if name in request), None)
+    instructions = "\n".join(_strings(request.get("instructions")))  # of /v1/responses
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
         yield len(prompt)
     elif isinstance(prompt, list) and prompt and isinstance(prompt[0], list):
@@ -77,6 +89,7 @@ def _questions(request: dict[str, Any], limit: int) -> Iterator[int | dict[str, 
         # A list of texts is several prompts; a list of objects is one conversation, here without its template.
         texts = prompt if isinstance(prompt, list) and all(isinstance(one, str) for one in prompt) else None
         for text in texts if texts is not None else ["\n".join(_strings(prompt))]:
+            text = f"{instructions}\n{text}" if instructions else text
             if len(text.encode("utf-8", "surrogatepass")) > limit:
                 yield {"prompt": text}
 
@@ -93,12 +106,19 @@ async def longest_prompt_tokens(app: App, scope: Scope, request: dict[str, Any],
     longest = 0
     for question in _questions(request, limit):
         if isinstance(question, dict):
-            question = await _tokenize(app, scope, {"model": request.get("model"), **question})
+            model = {"model": request.get("model")}
+            count = await _tokenize(app, scope, {**model, **question})
+            if (
+                count is None and "messages" in question
+            ):  # as the template does not take them; without it, then
+                count = await _tokenize(app, scope, {**model, "prompt": "\n".join(_strings(question))})
+            question = count or 0
         longest = max(longest, question)
     return longest
 
 
-async def _tokenize(app: App, scope: Scope, question: dict[str, Any]) -> int:
+async def _tokenize(app: App, scope: Scope, question: dict[str, Any]) -> int | None:
+    """Return the number of tokens; None if the route answers with an error."""
     body = json.dumps(question).encode()
     fields = [pair for pair in scope["headers"] if pair[0] not in (b"content-length", b"transfer-encoding")]
     inner = {
@@ -134,5 +154,5 @@ async def _tokenize(app: App, scope: Scope, question: dict[str, Any]) -> int:
         Exception
     ):  # it has answered 500 before; what is wrong will show when the request itself comes to it
         logger.warning("vLLM could not count the tokens of a request", exc_info=True)
-        return 0
-    return int(json.loads(answer).get("count", 0)) if status == 200 else 0
+        return None
+    return int(json.loads(answer).get("count", 0)) if status == 200 else None

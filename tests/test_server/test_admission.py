@@ -24,7 +24,11 @@ class App:
         self.calls.append((scope["path"], body))
         if scope["path"] == "/tokenize":
             asked = json.loads(body)
-            text = asked.get("prompt") or " ".join(message["content"] for message in asked["messages"])
+            contents = [message["content"] for message in asked.get("messages", ())]
+            if not all(isinstance(content, str) for content in contents):
+                await send_bytes(send, 400, b"{}")
+                return
+            text = asked.get("prompt") or " ".join(contents)
             body = json.dumps({"count": len(text.split())}).encode()
         if self.go is not None:
             await self.go.wait()
@@ -129,6 +133,7 @@ def test_json_at_the_limits_passes(client, body):
         {"input": ["x"] * 9},
         {"query": "x", "items": ["x"] * 9},
         {"messages": [[{"role": "user", "content": "x"}]] * 9},
+        {"token_ids": [1], "sampling_params": {"n": 9}},
     ],
 )
 def test_a_request_for_more_sequences_than_there_can_be_is_refused(client, request_):
@@ -157,6 +162,8 @@ def test_an_answer_too_long_is_refused(client, field):
     assert refusal(response) == (413, "output_too_long") and response.json()["error"]["param"] == field
     assert refusal(limited.post(PATH, json={"prompt": "x", field: "21"})) == (413, "output_too_long")
     assert limited.post(PATH, json={"prompt": "x", field: 20}).status_code == 200
+    nested = {"token_ids": [1], "sampling_params": {"max_tokens": 21}}
+    assert refusal(limited.post(PATH, json=nested)) == (413, "output_too_long")
 
 
 LONG = "word " * 30  # 30 tokens for the fake /tokenize
@@ -173,6 +180,12 @@ LONG = "word " * 30  # 30 tokens for the fake /tokenize
         {"messages": [[{"role": "user", "content": LONG}]]},
         {"input": LONG},
         {"input": [{"role": "user", "content": LONG}]},
+        {"input": "x", "instructions": LONG},
+        {"token_ids": [7] * 21},
+        {"messages": [{"role": "user", "content": "x"}], "system": LONG},
+        {"messages": [{"role": "user", "content": "x"}], "system": [{"type": "text", "text": LONG}]},
+        # /tokenize does not take these
+        {"messages": [{"role": "user", "content": [{"type": "tool_result", "content": LONG}]}]},
     ],
 )
 def test_a_prompt_too_long_is_refused(client, app, request_):
@@ -182,7 +195,14 @@ def test_a_prompt_too_long_is_refused(client, app, request_):
 
 @pytest.mark.parametrize(
     "request_",
-    [{"prompt": "long " * 20}, {"prompt": [7] * 20}, {"prompt": {}}, {"messages": 5, "prompt": 5}, {}],
+    [
+        {"prompt": "long " * 20},
+        {"prompt": [7] * 20},
+        {"prompt": {}},
+        {"messages": 5, "prompt": 5},
+        {"messages": [[], 5], "system": "x", "sampling_params": 5},
+        {},
+    ],
 )
 def test_a_prompt_that_fits_passes(client, request_):
     padded = {**request_, "user": "x" * 100}  # so that it has to be counted
@@ -275,6 +295,50 @@ def test_a_full_server_refuses_before_it_reads_the_body(app):
         assert answers[0]["status"] == 429
         app.go.set()
         await running[0]
+
+    asyncio.run(scenario())
+
+
+def test_bodies_that_do_not_arrive_take_no_room(app):
+    async def scenario():
+        admission = Admission(app, Limits(sequences=100, body_bytes=100))
+        scope = {"type": "http", "method": "POST", "path": PATH, "headers": [], "pvq.key": ""}
+
+        async def silent():
+            await asyncio.Event().wait()
+
+        idle = [asyncio.create_task(admission(dict(scope), silent, None)) for _ in range(50)]
+        await asyncio.sleep(0)
+        assert (await call(admission, {"prompt": "x"}))[0] == 200
+        for task in idle:
+            task.cancel()
+
+    asyncio.run(scenario())
+
+
+def test_bodies_that_arrive_are_bounded_together(app):
+    async def scenario():
+        admission = Admission(app, Limits(sequences=100, body_bytes=100))
+        part = {"type": "http.request", "body": b"x" * 100, "more_body": True}
+        scope = {"type": "http", "method": "POST", "path": PATH, "headers": [], "pvq.key": ""}
+
+        def holding():
+            parts = [part]
+
+            async def receive():
+                if not parts:
+                    await asyncio.Event().wait()
+                return parts.pop()
+
+            return receive
+
+        held = [asyncio.create_task(admission(dict(scope), holding(), None)) for _ in range(32)]
+        await asyncio.sleep(0)
+        assert (await call(admission, {"prompt": "x"}))[:2] == (429, "server_busy")
+        for task in held:
+            task.cancel()
+        await asyncio.gather(*held, return_exceptions=True)
+        assert (await call(admission, {"prompt": "x"}))[0] == 200
 
     asyncio.run(scenario())
 

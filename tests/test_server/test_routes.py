@@ -40,6 +40,12 @@ def test_probes_and_the_page_are_open(app_client, path):
     assert app_client([KEY]).get(path).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/ping", "/"])
+def test_open_routes_are_open_for_reading_only(app_client, path):
+    """Without a key nobody can make the server take a body in."""
+    assert app_client([KEY]).post(path, content=b"x").status_code == 401
+
+
 def test_without_a_key_all_routes_are_open(app_client):
     assert app_client([]).get("/pvq/info").status_code == 200
 
