@@ -54,20 +54,18 @@ class Settings(BaseSettings):
         None, description="ask clients for a certificate signed by one of these"
     )
 
-    max_waiting: int | None = Field(
-        None,
-        ge=0,
-        description="sequences that may wait for the engine; default: a quarter of those that may run",
+    max_waiting: int = Field(
+        0, ge=0, description="sequences that may wait for the engine, beside those that run"
     )
     max_inflight_per_key: int | None = Field(None, ge=1, description="sequences of one key at a time")
     max_requests_per_minute_per_key: int | None = Field(
         None, ge=1, description="requests of one key a minute"
     )
     max_prompt_tokens: int | None = Field(
-        None, ge=1, description="tokens of a prompt; default: what the model takes"
+        None, ge=1, description="tokens of a prompt; default: what the model takes, which vLLM checks"
     )
     max_output_tokens: int | None = Field(
-        None, ge=1, description="tokens of an answer; default: what the model takes"
+        None, ge=1, description="tokens of an answer; default: what the model takes, which vLLM checks"
     )
     max_body_bytes: int = Field(8 * 2**20, ge=1024, description="bytes of a request body")
     max_connections: int = Field(2048, ge=1, description="open connections")

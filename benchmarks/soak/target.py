@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import aiohttp
@@ -99,10 +100,17 @@ class Target:
 
     def memory_bytes(self) -> int | None:
         """Return the memory of the server and its engine: resident, shared pages counted once (PSS)."""
+        return self._sum(lambda process: process.memory_full_info().pss)
+
+    def open_files(self) -> int | None:
+        """Return the open descriptors of the server and its engine."""
+        return self._sum(psutil.Process.num_fds)
+
+    def _sum(self, measure: Callable[[psutil.Process], int]) -> int | None:
         if self.process is None:
             return None
-        total = self.process.memory_full_info().pss
+        total = measure(self.process)
         for child in self.process.children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):  # a short-lived one
-                total += child.memory_full_info().pss
+                total += measure(child)
         return total
