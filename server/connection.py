@@ -5,14 +5,20 @@ Uvicorn itself waits without end for the rest of a head or body and for a client
 """
 
 import dataclasses
+import logging
 import socket
+import uuid
 from asyncio import TimerHandle, Transport
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from server import metrics
-from server.asgi import error_body
+from server.asgi import error_body, header
+
+logger = logging.getLogger(
+    "pvq.access"
+)  # whose other lines are in access.py, where these requests do not arrive
 
 _HEAD_BYTES = 64 * 1024
 _MIN_BYTES_PER_S = 1024
@@ -30,11 +36,15 @@ class ConnectionLimits:
 
 
 class Connection(HttpToolsProtocol):
-    """One connection. Use ``functools.partial(Connection, limits=...)`` as uvicorn's ``http``."""
+    """One connection. Use ``functools.partial(Connection, limits=...)`` as uvicorn's ``http``; ``log_refusals``
+    is whether a line is logged for each answer from here.
+    """
 
-    def __init__(self, *args: Any, limits: ConnectionLimits, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, limits: ConnectionLimits, log_refusals: bool = True, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self._limits = limits
+        self._limits, self._log_refusals = limits, log_refusals
         self._arriving, self._in_head, self._head_bytes = False, True, 0
         self._deadline: TimerHandle | None = None  # for the request that is arriving
         self._stall: TimerHandle | None = None  # for the answer that waits to be read
@@ -132,12 +142,31 @@ class Connection(HttpToolsProtocol):
         metrics.CONNECTIONS_CLOSED.labels(reason).inc()
         begun = not self._in_head and self.cycle is not None and self.cycle.response_started
         if (self._arriving or status == 503) and not begun:
-            body = error_body(status, message, reason)
-            head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n"
-            wait = "retry-after: 1\r\n" if status == 503 else ""
-            self.transport.write(STATUS_LINE[status] + f"{head}{wait}\r\n".encode() + body)
+            self._refuse(reason, status, message)
         self.transport.close()
         self.loop.call_later(self._limits.write_timeout_s, self.transport.abort)
+
+    def _refuse(self, reason: str, status: int, message: str) -> None:
+        # A request whose body is late has its id from access.py, which logs its end under it.
+        cycle = None if self._in_head else self.cycle
+        known = header(cycle.scope, b"x-request-id") if cycle is not None else ""
+        request_id = known or uuid.uuid4().hex
+        if self._log_refusals:
+            client = self.client or ("", 0)
+            facts = {"request_id": request_id, "client": client[0], "status": status, "reason": reason}
+            text = "%(client)s %(status)s %(reason)s id=%(request_id)s"
+            logger.info(text, facts, extra={"facts": facts})
+        body = error_body(status, message, reason)
+        fields = {
+            "content-type": "application/json",
+            "content-length": len(body),
+            "connection": "close",
+            "x-request-id": request_id,
+        }
+        if status == 503:
+            fields["retry-after"] = 1
+        head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+        self.transport.write(STATUS_LINE[status] + f"{head}\r\n".encode("latin-1") + body)
 
     def _watch_reading(self) -> None:
         self._unread_bytes = self.transport.get_write_buffer_size()

@@ -72,7 +72,7 @@ def make_server(app: App, settings: Settings, lifespan: str = "auto") -> HTTPSer
         app,  # type: ignore[arg-type]
         host=settings.host,
         port=settings.port,
-        http=functools.partial(Connection, limits=limits),  # type: ignore[arg-type]
+        http=functools.partial(Connection, limits=limits, log_refusals=settings.access_log),  # type: ignore[arg-type]
         lifespan=lifespan,  # type: ignore[arg-type]
         log_config=None,
         access_log=False,

@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import logging
+import re
 import socket
 import ssl
 import threading
@@ -202,6 +203,39 @@ def test_one_connection_too_many_is_told_so(start):
     with server.connect(), server.connect(), server.connect() as third:
         answer = read_all(third)
         assert status_and_code(answer) == (503, "too_many") and b"\r\nretry-after: 1\r\n" in answer
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "reason", "own_id"),
+    [
+        (b"", 503, "too_many", None),
+        (b"GET / HTTP/1.1\r\nX-A: ", 408, "slow_head", None),
+        (b"GET / HTTP/1.1\r\nX-A: " + b"a" * 70_000, 431, "head_too_large", None),
+        (b"POST / HTTP/1.1\r\nX-Request-Id: mine\r\nContent-Length: 5\r\n\r\n1", 408, "slow_body", "mine"),
+    ],
+)
+def test_a_refused_connection_has_an_id_and_a_line(start, caplog, sent, status, reason, own_id):
+    server = start(max_connections=1, header_timeout_s=0.3, body_timeout_s=0.3)
+    with caplog.at_level(logging.INFO, logger="pvq.access"), contextlib.ExitStack() as stack:
+        connection = stack.enter_context(server.connect())
+        if reason == "too_many":
+            connection = stack.enter_context(server.connect())
+        connection.sendall(sent)
+        answer = read_all(connection)
+    (line,) = [line for line in caplog.records if "reason" in line.facts]
+    request_id = re.search(rb"\r\nx-request-id: (\S+)\r\n", answer)[1].decode()
+    assert len(request_id) == 32 if own_id is None else request_id == own_id
+    assert status_and_code(answer) == (status, reason)
+    assert line.facts == {"request_id": request_id, "client": "127.0.0.1", "status": status, "reason": reason}
+    assert line.getMessage() == f"127.0.0.1 {status} {reason} id={request_id}"
+
+
+def test_no_line_for_a_refused_connection_without_the_access_log(start, caplog):
+    server = start(header_timeout_s=0.3, access_log=False)
+    with caplog.at_level(logging.INFO, logger="pvq.access"), server.connect() as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nX-A: ")
+        assert status_and_code(read_all(connection)) == (408, "slow_head")
+    assert caplog.records == []
 
 
 def test_a_client_that_does_not_read_is_dropped_and_its_request_ends(start):
