@@ -13,7 +13,15 @@ _CONFIG_FOR_VLLM = Path(__file__).parent / "logs_vllm.json"
 
 
 class JSONFormatter(logging.Formatter):
-    """One object a line: time (UTC), level, logger, pid, message, and what ``extra={"facts": {...}}`` adds."""
+    """One object a line: time (UTC), level, logger, pid, message, and what ``extra={"facts": {...}}`` adds.
+
+    A process that makes one logs Python's warnings, which would otherwise be printed as text.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Here, because of this package only the formatter is made in every one of vLLM's processes.
+        logging.captureWarnings(True)
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line for ``record``."""
@@ -40,7 +48,6 @@ def configure(log_format: str) -> None:
     """
     if log_format == "json":
         os.environ.setdefault("VLLM_LOGGING_CONFIG_PATH", str(_CONFIG_FOR_VLLM))
-        logging.captureWarnings(True)
     formatters = {
         "text": {"format": "%(levelname)s %(asctime)s %(message)s", "datefmt": "%m-%d %H:%M:%S"},
         "json": {"()": JSONFormatter},
