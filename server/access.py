@@ -36,7 +36,7 @@ class RequestLog:
         request_id = given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
         fields = [pair for pair in scope["headers"] if pair[0] != b"x-request-id"]
         scope["headers"] = [*fields, (b"x-request-id", request_id.encode())]
-        status, first_byte_s, sent_bytes, complete = 0, 0.0, 0, False
+        status, first_byte_s, sent_bytes, complete, ended = 0, 0.0, 0, False, False
 
         async def send_with_id(message: Message) -> None:
             nonlocal status, first_byte_s, sent_bytes, complete
@@ -54,11 +54,12 @@ class RequestLog:
         try:
             await self.app(scope, receive, send_with_id)
         except asyncio.CancelledError:  # the server ends and this request had no time left
+            ended = True
             if status:
                 raise
             await send_error(send_with_id, 503, "the server ended before it could answer", "server_ended")
         finally:
-            self._record(scope, request_id, status, start, first_byte_s, sent_bytes, complete)
+            self._record(scope, request_id, status, start, first_byte_s, sent_bytes, complete, ended)
 
     def _record(
         self,
@@ -69,6 +70,7 @@ class RequestLog:
         first_byte_s: float,
         sent_bytes: int,
         complete: bool,
+        ended: bool,
     ) -> None:
         seconds = time.perf_counter() - start
         # The path as routed (/v1/responses/{response_id}): what clients make up must not become a label.
@@ -77,7 +79,8 @@ class RequestLog:
         )
         method = scope["method"] if scope["method"] in _METHODS else "other"
         metrics.REQUESTS.labels(method, route, str(status)).inc()
-        if not complete:
+        left = not complete and not ended
+        if left:
             metrics.DISCONNECTED.inc()
         if route not in _QUIET:
             metrics.SECONDS.labels(route).observe(seconds)
@@ -102,4 +105,5 @@ class RequestLog:
             text = (
                 "%(client)s %(method)s %(path)s %(status)s %(duration_ms)s ms id=%(request_id)s key=%(key)s"
             )
-            logger.log(level, text + ("" if complete else " (client left)"), facts, extra={"facts": facts})
+            how = " (server ended)" if ended else " (client left)" if left else ""
+            logger.log(level, text + how, facts, extra={"facts": facts})

@@ -13,6 +13,7 @@ import threading
 import time
 
 import pytest
+from prometheus_client import REGISTRY
 
 from server.admission import Limits
 from server.asgi import send_bytes
@@ -395,6 +396,36 @@ def test_a_request_that_is_cut_off_before_its_answer_is_told_so(start):
             time.sleep(0.01)
         server.loop.call_soon_threadsafe(server.drain.start)
         assert status_and_code(read_all(connection)) == (503, "server_ended")
+
+
+@pytest.mark.parametrize(
+    ("head", "status", "complete"),
+    [(b"GET /wait", 200, False), (b"POST /", 503, True), (b"GET /flood", 200, False)],
+)
+def test_only_a_client_that_left_is_called_so(start, caplog, monkeypatch, head, status, complete):
+    monkeypatch.setattr("server.http._CUT_TIMEOUT_S", 1)
+    server = start(drain_timeout_s=0)
+    leaves = head == b"GET /flood"
+    before = REGISTRY.get_sample_value("pvq_server_disconnected_total")
+    with caplog.at_level(logging.INFO, logger="pvq.access"):
+        with server.connect() as connection:
+            length = b"Content-Length: 5\r\n" if status == 503 else b""
+            connection.sendall(head + b" HTTP/1.1\r\nHost: x\r\n" + length + b"\r\n")
+            while not server.state.running:
+                time.sleep(0.01)
+            if leaves:
+                connection.recv(1000)
+            else:
+                server.loop.call_soon_threadsafe(server.drain.start)
+                read_all(connection)
+        for _ in range(300):
+            if lines := [line for line in caplog.records if line.name == "pvq.access"]:
+                break
+            time.sleep(0.01)
+    (line,) = lines
+    assert (line.facts["status"], line.facts["complete"]) == (status, complete)
+    assert line.getMessage().endswith(" (client left)" if leaves else " (server ended)")
+    assert REGISTRY.get_sample_value("pvq_server_disconnected_total") - before == leaves
 
 
 @pytest.fixture
