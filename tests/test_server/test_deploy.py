@@ -189,8 +189,9 @@ def test_the_containerfile_copies_what_is_there_and_runs_as_a_user():
         assert "useradd --system --uid 10001 " in bodies[name]
     last = bodies["${DEVICE}"]
     assert re.search(r"^USER 10001$", last, re.M) and "PVQ_HOST=0.0.0.0" in last
-    assert "/ready" in re.search(r"^HEALTHCHECK .*$", last, re.M)[0]
+    script = json.loads(re.search(r"^HEALTHCHECK .* CMD (.*)$", last, re.M)[1])[-1]
+    assert f"\nCOPY deploy/healthcheck.py {script}\n" in last
     assert last.endswith('\nENTRYPOINT ["pvq", "serve"]\nCMD ["/model"]\n')
     ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
-    needed = {"README.md", "LICENSE", "csrc", "cmake", "server", "requirements", "pyproject.toml"}
+    needed = {"README.md", "deploy", "LICENSE", "csrc", "cmake", "server", "requirements", "pyproject.toml"}
     assert needed.isdisjoint(ignored) and {".git", ".venv", "build"} <= set(ignored)

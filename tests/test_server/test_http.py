@@ -6,11 +6,15 @@ import contextlib
 import http.client
 import json
 import logging
+import os
 import re
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from prometheus_client import REGISTRY
@@ -24,6 +28,7 @@ from server.settings import Settings
 from server.state import Phase, ServerState
 
 CHUNK = b"x" * 65536
+HEALTHCHECK = Path(__file__).resolve().parents[2] / "deploy" / "healthcheck.py"
 LIMITS = Limits(sequences=8, body_bytes=200_000)
 
 
@@ -473,3 +478,23 @@ def test_https_and_client_certificates(start, certificate, ask_client):
             get()
         context.load_cert_chain(certificate_path, key_path)
     assert get() == 200
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_the_health_check_of_the_images_follows_port_and_tls(start, certificate, tls):
+    server = start(**dict(zip(("ssl_certfile", "ssl_keyfile"), certificate, strict=True)) if tls else {})
+    variables = {
+        "PVQ_PORT": str(server.port),
+        "http_proxy": "http://127.0.0.1:9",
+        "https_proxy": "http://127.0.0.1:9",
+    }
+    if tls:
+        variables["PVQ_SSL_CERTFILE"] = str(certificate[0])
+
+    def status():
+        command = [sys.executable, str(HEALTHCHECK)]
+        return subprocess.run(command, env=os.environ | variables, timeout=60, check=False).returncode
+
+    assert status() == 0
+    server.state.enter(Phase.LOADING)
+    assert status() == 1
