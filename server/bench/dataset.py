@@ -65,7 +65,8 @@ def _read(path: Path) -> list[Any]:
     try:
         if text.lstrip().startswith("["):
             return json.loads(text)
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        # Not splitlines(): it also splits at U+2028 and others, which JSON allows inside strings.
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
     except ValueError as error:
         raise ServerError(
             f"--dataset {path} is neither JSON nor JSON lines ({error}): correct the file"

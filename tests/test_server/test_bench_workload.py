@@ -206,6 +206,16 @@ def test_json_lines_of_prompts_and_messages(tmp_path):
     assert fixed.prompt(Vocabulary(), 0, generator(0, Draw.PROMPT), chat=False).output_tokens == 5
 
 
+def test_other_line_breaks_inside_strings_do_not_end_a_line(tmp_path):
+    path = tmp_path / "data.jsonl"
+    texts = ["one\u2028still one", "two\u0085still two"]
+    rows = [json.dumps({"prompt": text, "output_tokens": 1}, ensure_ascii=False) for text in texts]
+    path.write_bytes("\r\n".join(rows).encode())
+    source = DatasetPrompts(path, None, seed=0)
+    got = [source.prompt(Vocabulary(), number, generator(0, Draw.PROMPT), chat=False) for number in range(2)]
+    assert sorted(prompt.content for prompt in got) == texts
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
