@@ -87,7 +87,10 @@ def bench(
         float | None,
         typer.Option(min=0.1, help="Instead, for rates: as many as arrive in so many seconds."),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="How often to go through all loads and servers.")] = 1,
+    rounds: Annotated[
+        int,
+        typer.Option(min=1, help="How often to go through all loads and servers; not with --find-rate."),
+    ] = 1,
     warmup: Annotated[
         int | None,
         typer.Option(
@@ -136,6 +139,11 @@ def bench(
         if find_rate and not objective:
             raise ServerError(
                 "--find-rate needs an objective: give --ttft-objective-ms or --tpot-objective-ms"
+            )
+        if find_rate and rounds > 1:
+            raise ServerError(
+                f"--find-rate measures each rate once, not in --rounds {rounds}: leave --rounds out, "
+                "or make each rate longer with --duration-s"
             )
         rates = find_rate or request_rate is not None
         if duration_s is not None and (requests is not None or not rates):

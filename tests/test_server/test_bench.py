@@ -258,6 +258,7 @@ def test_a_full_disk_is_one_sentence_after_the_table(urls, tmp_path, capsys):
         (["--concurrency", "1", "--find-rate"], "exclude each other"),
         (["--find-rate"], "needs an objective"),
         (["--find-rate", "--ttft-objective-ms", "1", "--request-rate", "1,2"], "starts at one rate"),
+        (["--find-rate", "--ttft-objective-ms", "1", "--rounds", "3"], "leave --rounds out"),
         (["--duration-s", "5"], "--duration-s is for rates"),
         (["--duration-s", "5", "--request-rate", "1,inf"], "leave out inf"),
         (["--endpoint", "embeddings"], "--endpoint embeddings is unknown"),
