@@ -42,6 +42,7 @@ WgmmaSchedule choose_wgmma_schedule(const WgmmaProblem& problem) {
       s.splits = splits;
       lay_out(problem, s);
       if (s.stages < 2 || problem.resident[splits] < 1) continue;
+      if (splits > 1 && s.stages * s.stage_bytes < split_sums_bytes(n)) continue;
       s.row_tiles = ceil_div(problem.rows, kWgmmaRows);
       s.column_tiles = ceil_div(problem.num_columns, n);
       const int rounds = ceil_div(s.tiles(), problem.resident[splits]);

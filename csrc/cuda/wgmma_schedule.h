@@ -29,6 +29,8 @@ constexpr int staged_columns(int columns) { return columns >= 256 ? 64 : columns
 constexpr int finish_area_bytes(int columns_per_tile) {  // of a warpgroup
   return staged_columns(columns_per_tile) * kStagedColumnBytes + columns_per_tile * 8;
 }
+// What a CTA of a split tile leaves for the others of its cluster, in the place of its stages.
+constexpr int split_sums_bytes(int columns_per_tile) { return kWgmmaRows * columns_per_tile * 4; }
 
 // Which row tile and column tile. Column tiles run fastest within a panel: their weights are read together.
 constexpr void place_tile(int tile, int row_tiles, int column_tiles, int& row_tile, int& column_tile) {
