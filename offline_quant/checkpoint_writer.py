@@ -16,24 +16,29 @@ same as those of a run that was not.
 import errno
 import fcntl
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
 from pvq_vllm.codec.errors import PVQError
 from pvq_vllm.codec.format import INDEX_FILE
-from pvq_vllm.codec.safetensors_header import DTYPE_BYTES, TensorInfo, read_safetensors_header
+from pvq_vllm.codec.safetensors_header import TensorInfo, read_safetensors_header
 
 from .model_source import TORCH_DTYPES, read_tensor
+from .whole_files import (
+    bytes_of,
+    copied_bytes,
+    move_into_place,
+    tensor_bytes,
+    write_file,
+    write_safetensors,
+)
 
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-COPY_BYTES = 1 << 24
 SPARE_BYTES = 64 << 20  # config, tokenizer, report, and the file system's own needs
 
 
@@ -173,7 +178,7 @@ class CheckpointWriter:
             tensors = make()
             header = {key: (DTYPE_NAMES[value.dtype], tuple(value.shape)) for key, value in tensors.items()}
             with _writing(self.partial):
-                write_safetensors(path, header, (_bytes_of(value) for value in tensors.values()))
+                write_safetensors(path, header, (bytes_of(value) for value in tensors.values()))
         return {key: read_tensor(info, key) for key, info in read_safetensors_header(path).items()}
 
     def kept_json(self, name: str, make: Callable[[], dict]) -> dict:
@@ -197,7 +202,7 @@ class CheckpointWriter:
             raise AssertionError(f"part {part}: {found} instead of {promised}")
         with _writing(self.partial):
             write_file(self.work / f"{part:05d}.json", json.dumps(report).encode())
-            contents = (_bytes_of(tensors[name]) for name in promised)
+            contents = (bytes_of(tensors[name]) for name in promised)
             write_safetensors(self._part_path(part), promised, contents)
 
     def read_part(self, part: int) -> dict[str, torch.Tensor]:
@@ -229,7 +234,7 @@ class CheckpointWriter:
                     for part in sorted({part_of[name] for name in shard}):
                         where.update(read_safetensors_header(self._part_path(part)))
                     write_safetensors(
-                        self.partial / shard_name, shard, (_copied_bytes(where[name]) for name in shard)
+                        self.partial / shard_name, shard, (copied_bytes(where[name]) for name in shard)
                     )
                 for part, tensors in enumerate(
                     self.parts
@@ -295,55 +300,6 @@ def check_destination(out: Path, overwrite: bool) -> None:
         raise PVQError(f"{out} exists and is not a model folder, so it is not replaced: name another folder")
 
 
-def move_into_place(partial: Path, out: Path) -> None:
-    """Rename ``partial`` to ``out``; what was there goes only after the new folder has its name."""
-    old = out.with_name(out.name + ".old")
-    if out.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(out, old)
-    os.replace(partial, out)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    with _complete_file(path) as file:
-        file.write(content)
-
-
-def write_safetensors(
-    path: Path,
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
-    contents: Iterable[Iterable[memoryview | bytes]],
-) -> None:
-    """Write a shard without holding it in memory: ``contents`` yields the chunks of each tensor in the order
-    of ``tensors``.
-    """
-    header: dict = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for name, (dtype, shape) in tensors.items():
-        size = tensor_bytes(dtype, shape)
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + size]}
-        position += size
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
-    with _complete_file(path) as file:
-        file.write(len(raw).to_bytes(8, "little") + raw)
-        for chunks in contents:
-            for chunk in chunks:
-                file.write(chunk)
-
-
-@contextmanager
-def _complete_file(path: Path) -> Iterator[BinaryIO]:
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
     """Turn what the disk may answer into one sentence."""
@@ -372,24 +328,3 @@ def _lock(folder: Path) -> Iterator[None]:
                 f"{folder} is in use by another run: wait for it, or choose another OUT"
             ) from error
         yield
-
-
-def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Return the bytes of a tensor; ``dtype`` as safetensors names it."""
-    return DTYPE_BYTES[dtype] * math.prod(shape)
-
-
-def _bytes_of(tensor: torch.Tensor) -> Iterator[memoryview]:
-    yield memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
-def _copied_bytes(info: TensorInfo) -> Iterator[bytes]:
-    with open(info.shard, "rb") as file:
-        file.seek(info.offset)
-        left = info.nbytes
-        while left:
-            chunk = file.read(min(left, COPY_BYTES))
-            if not chunk:
-                raise PVQError(f"{info.shard} got shorter while it was copied: start again without --resume")
-            left -= len(chunk)
-            yield chunk

@@ -14,17 +14,11 @@ import torch
 
 from pvq_vllm.codec.format import INDEX_FILE
 
-from .checkpoint_writer import (
-    DTYPE_NAMES,
-    check_destination,
-    move_into_place,
-    plan_shards,
-    write_file,
-    write_safetensors,
-)
+from .checkpoint_writer import DTYPE_NAMES, check_destination, plan_shards
 from .model_source import ModelSource
 from .quantize_checkpoint import COPIED_NAMES
 from .residual_rotation import FoldedSource, random_rotation
+from .whole_files import move_into_place, write_file, write_safetensors
 
 MAX_SHARD_BYTES = 4_000_000_000
 

@@ -7,11 +7,11 @@ from collections import Counter
 
 from pvq_vllm.codec.format import CheckpointConfig
 
-from .checkpoint_writer import tensor_bytes
 from .command_line import command_line
 from .model_source import ModelSource
 from .part_worker import Part
 from .plan import Settings
+from .whole_files import tensor_bytes
 
 
 def make_report(
