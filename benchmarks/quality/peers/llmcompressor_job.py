@@ -7,13 +7,13 @@ from importlib.metadata import version
 
 import torch
 from compressed_tensors.quantization import fake_quantize
-from datasets import Dataset
 from exchange import calibration_tokens, decoder_linears, load_model, read_job, write_answer
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.pipelines.cache import IntermediatesCache
+from torch.utils.data import DataLoader
 
 
 def main() -> None:
@@ -45,14 +45,13 @@ def main() -> None:
             AWQModifier(n_grid=options["n_grid"]),
             QuantizationModifier(config_groups=config_groups, ignore=["lm_head"]),
         ]
-    rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in tokens.tolist()]
+    batches = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in tokens.split(1)]
     oneshot(
         model=model,
-        dataset=Dataset.from_list(rows),
+        dataset=DataLoader(batches, batch_size=None),  # taken as it is
         recipe=recipe,
-        num_calibration_samples=len(rows),
+        num_calibration_samples=len(batches),
         max_seq_length=tokens.shape[1],
-        shuffle_calibration_samples=False,
     )
     stored = {}
     with torch.no_grad():
