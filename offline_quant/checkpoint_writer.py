@@ -31,8 +31,10 @@ from pvq_vllm.codec.safetensors_header import TensorInfo, read_safetensors_heade
 from .model_source import TORCH_DTYPES, read_tensor
 from .whole_files import (
     bytes_of,
+    clear_removed,
     copied_bytes,
     move_into_place,
+    remove_folder,
     tensor_bytes,
     write_file,
     write_safetensors,
@@ -83,14 +85,16 @@ class CheckpointWriter:
             return self
         check_destination(self.out, self.overwrite)
         state = self.work / "state.json"
-        if self.partial.exists() and not self.resume:
-            if not self.overwrite:
+        if self.partial.exists():
+            if not self.resume and not self.overwrite:
                 raise PVQError(
                     f"{self.partial} holds an unfinished run: add --resume to continue it, or "
                     "--overwrite to start over"
                 )
-            with _lock(self.partial):
-                shutil.rmtree(self.partial)
+            with _writing(self.partial), _lock(self.partial):
+                if not self.resume or not state.exists():  # without it nothing tells which run made the parts
+                    remove_folder(self.partial)
+        clear_removed(self.partial)
         if self.resume and state.exists():
             before = json.loads(state.read_text(encoding="utf-8"))
             different = sorted(

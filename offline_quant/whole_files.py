@@ -30,6 +30,22 @@ def move_into_place(partial: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def remove_folder(folder: Path) -> None:
+    """Remove ``folder``, under another name, so that a process killed meanwhile leaves nothing of this name."""
+    clear_removed(folder)
+    os.replace(folder, _removed(folder))
+    clear_removed(folder)
+
+
+def clear_removed(folder: Path) -> None:
+    """Remove what a process left that was killed in ``remove_folder``."""
+    shutil.rmtree(_removed(folder), ignore_errors=True)
+
+
+def _removed(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".removed")
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Write a file whole or not at all."""
     with _complete_file(path) as file:
