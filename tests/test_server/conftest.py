@@ -26,6 +26,7 @@ from server.http import guard
 from server.keys import KeyStore
 from server.settings import Settings
 from server.state import Phase, ServerState
+from tests.test_server.small_server import Running
 
 LIMITS = Limits(sequences=8, body_bytes=100_000)
 
@@ -88,6 +89,19 @@ def model_folder(tmp_path) -> Path:
 @pytest.fixture
 def fake_engine(model_folder) -> FakeEngine:
     return FakeEngine(model_folder)
+
+
+@pytest.fixture
+def start():
+    """Return a function: settings -> a running server."""
+    with contextlib.ExitStack() as stack:
+
+        def run(**settings):
+            server = Running(**settings)
+            stack.callback(server.stop)
+            return server
+
+        yield run
 
 
 @pytest.fixture

@@ -1,137 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """The HTTP server over real sockets, with a small app in vLLM's place: clients that are slow, vanish or ask too late."""
 
-import asyncio
 import contextlib
 import http.client
 import json
 import logging
-import os
 import re
 import socket
-import ssl
-import subprocess
-import sys
-import threading
 import time
-from pathlib import Path
 
 import pytest
 from prometheus_client import REGISTRY
 
-from server.admission import Limits
-from server.asgi import send_bytes
-from server.http import Drain, LoadingServer, guard, make_server
-from server.keys import KeyStore
+from server.http import LoadingServer
 from server.listen import bind
 from server.settings import Settings
 from server.state import Phase, ServerState
-
-CHUNK = b"x" * 65536
-HEALTHCHECK = Path(__file__).resolve().parents[2] / "deploy" / "healthcheck.py"
-LIMITS = Limits(sequences=8, body_bytes=200_000)
-
-
-class App:
-    """GET /flood sends without end, GET /wait sends a line and ends after ``go``, all else echoes the body."""
-
-    def __init__(self):
-        self.go = threading.Event()
-        self.ended = threading.Event()
-        self.headers = []
-
-    async def __call__(self, scope, receive, send):
-        if scope["type"] != "http":
-            return
-        self.headers.append(dict(scope["headers"]))
-        try:
-            if scope["path"] == "/flood":
-                await self._flood(receive, send)
-            elif scope["path"] == "/wait":
-                await self._wait(send)
-            else:
-                body = b""
-                while scope["method"] == "POST":
-                    message = await receive()
-                    body += message.get("body", b"")
-                    if not message.get("more_body"):
-                        break
-                await send_bytes(send, 200, body)
-        finally:
-            self.ended.set()
-
-    async def _flood(self, receive, send):
-        await receive()
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        left = asyncio.create_task(receive())
-        while not left.done():
-            await send({"type": "http.response.body", "body": CHUNK, "more_body": True})
-            await asyncio.sleep(0)
-
-    async def _wait(self, send):
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b"first\n", "more_body": True})
-        while not self.go.is_set():
-            await asyncio.sleep(0.01)
-        await send({"type": "http.response.body", "body": b"last\n"})
-
-
-class Running:
-    """A server in a thread: its app, port, state, and the loop it runs in."""
-
-    def __init__(self, **settings):
-        self.app, self.state = App(), ServerState()
-        settings = Settings(**{"drain_timeout_s": 5, **settings})
-        self.listener = bind("127.0.0.1", 0)
-        self.port = self.listener.getsockname()[1]
-        guarded = guard(self.app, self.state, settings, KeyStore([]), LIMITS)
-        self.server = make_server(guarded, settings, lifespan="off")
-        self.drain = Drain(self.server, self.state, settings.drain_timeout_s)
-        self.state.enter(Phase.READY)
-        self.thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.01)
-
-    async def _serve(self):
-        self.loop = asyncio.get_running_loop()
-        await self.server.serve(sockets=[self.listener])
-
-    def connect(self):
-        return socket.create_connection(("127.0.0.1", self.port), timeout=10)
-
-    def stop(self):
-        self.app.go.set()
-        self.server.should_exit = True
-        self.thread.join(15)
-        assert not self.thread.is_alive()
-
-
-@pytest.fixture
-def start():
-    """Return a function: settings -> a running server."""
-    with contextlib.ExitStack() as stack:
-
-        def run(**settings):
-            server = Running(**settings)
-            stack.callback(server.stop)
-            return server
-
-        yield run
-
-
-def read_all(connection):
-    """Return what comes until the server closes."""
-    data = b""
-    with contextlib.suppress(ConnectionResetError):
-        while part := connection.recv(65536):
-            data += part
-    return data
-
-
-def status_and_code(answer):
-    head, _, body = answer.partition(b"\r\n\r\n")
-    return int(head.split()[1]), json.loads(body)["error"]["code"]
+from tests.test_server.small_server import CHUNK, read_all, status_and_code
 
 
 @pytest.mark.parametrize(
@@ -431,70 +316,3 @@ def test_only_a_client_that_left_is_called_so(start, caplog, monkeypatch, head, 
     assert (line.facts["status"], line.facts["complete"]) == (status, complete)
     assert line.getMessage().endswith(" (client left)" if leaves else " (server ended)")
     assert REGISTRY.get_sample_value("pvq_server_disconnected_total") - before == leaves
-
-
-@pytest.fixture
-def certificate(tmp_path):
-    """Return the paths of a certificate for 127.0.0.1 that signs itself, and of its key."""
-    import datetime
-    import ipaddress
-
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])
-    now = datetime.datetime.now(datetime.UTC)
-    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-    builder = builder.not_valid_before(now - datetime.timedelta(days=1)).not_valid_after(
-        now + datetime.timedelta(days=1)
-    )
-    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-    builder = builder.add_extension(x509.SubjectAlternativeName([address]), critical=False)
-    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-    certificate_path, key_path = tmp_path / "cert.pem", tmp_path / "key.pem"
-    certificate_path.write_bytes(builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
-    no_password = serialization.NoEncryption()
-    form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8)
-    key_path.write_bytes(key.private_bytes(*form, no_password))
-    return certificate_path, key_path
-
-
-@pytest.mark.parametrize("ask_client", [False, True])
-def test_https_and_client_certificates(start, certificate, ask_client):
-    certificate_path, key_path = certificate
-    settings = {"ssl_ca_certs": certificate_path} if ask_client else {}
-    server = start(ssl_certfile=certificate_path, ssl_keyfile=key_path, **settings)
-    context = ssl.create_default_context(cafile=str(certificate_path))
-
-    def get():
-        connection = http.client.HTTPSConnection("127.0.0.1", server.port, timeout=10, context=context)
-        connection.request("GET", "/x")
-        return connection.getresponse().status
-
-    if ask_client:
-        with pytest.raises((ssl.SSLError, ConnectionError)):
-            get()
-        context.load_cert_chain(certificate_path, key_path)
-    assert get() == 200
-
-
-@pytest.mark.parametrize("tls", [False, True])
-def test_the_health_check_of_the_images_follows_port_and_tls(start, certificate, tls):
-    server = start(**dict(zip(("ssl_certfile", "ssl_keyfile"), certificate, strict=True)) if tls else {})
-    variables = {
-        "PVQ_PORT": str(server.port),
-        "http_proxy": "http://127.0.0.1:9",
-        "https_proxy": "http://127.0.0.1:9",
-    }
-    if tls:
-        variables["PVQ_SSL_CERTFILE"] = str(certificate[0])
-
-    def status():
-        command = [sys.executable, str(HEALTHCHECK)]
-        return subprocess.run(command, env=os.environ | variables, timeout=60, check=False).returncode
-
-    assert status() == 0
-    server.state.enter(Phase.LOADING)
-    assert status() == 1
