@@ -35,6 +35,7 @@ from .whole_files import (
     copied_bytes,
     move_into_place,
     remove_folder,
+    remove_replaced,
     tensor_bytes,
     write_file,
     write_safetensors,
@@ -68,6 +69,9 @@ class CheckpointWriter:
         self.out = Path(out)
         self.partial = self.out.with_name(self.out.name + ".partial")
         self.work = self.partial / "work"
+        self.finished = self.out.with_name(
+            self.out.name + ".finished"
+        )  # state.json, at the end of ``clean_up``
         self.fingerprint = json.loads(json.dumps(fingerprint))
         self.max_shard_bytes = max_shard_bytes
         self._plan(parts)
@@ -75,7 +79,7 @@ class CheckpointWriter:
         self._lock = None
 
     def __enter__(self) -> "CheckpointWriter":
-        """Check everything that can be known beforehand, then create or open OUT.partial.
+        """Check everything that can be known beforehand, then create or open OUT.partial; nothing if ``is_finished``.
 
         Raises:
             PVQError: OUT exists, another run is at work, the interrupted run was started otherwise, or the
@@ -84,6 +88,8 @@ class CheckpointWriter:
         if self.is_finished:
             return self
         check_destination(self.out, self.overwrite)
+        clear_removed(self.partial)
+        self.finished.unlink(missing_ok=True)
         state = self.work / "state.json"
         if self.partial.exists():
             if not self.resume and not self.overwrite:
@@ -94,7 +100,6 @@ class CheckpointWriter:
             with _writing(self.partial), _lock(self.partial):
                 if not self.resume or not state.exists():  # without it nothing tells which run made the parts
                     remove_folder(self.partial)
-        clear_removed(self.partial)
         if self.resume and state.exists():
             before = json.loads(state.read_text(encoding="utf-8"))
             different = sorted(
@@ -124,8 +129,7 @@ class CheckpointWriter:
             PVQError: the disk is too small.
         """
         self._plan(parts)
-        if not self.is_finished:
-            self._check_disk()
+        self._check_disk()
 
     def __exit__(self, *exception) -> None:
         if self._lock is not None:
@@ -133,13 +137,27 @@ class CheckpointWriter:
 
     @property
     def is_finished(self) -> bool:
-        """True if the run to continue was killed after OUT got its name and before the last cleaning up."""
-        state = self.out / "work" / "state.json"
-        return self.resume and state.exists() and json.loads(state.read_text()) == self.fingerprint
+        """True if the run to continue was killed after OUT got its name and before the end of the last cleaning up."""
+        states = self.out / "work" / "state.json", self.finished
+        return self.resume and self.out.is_dir() and any(map(self._is_own_state, states))
 
-    @property
-    def _work_now(self) -> Path:
-        return self.out / "work" if self.is_finished else self.work
+    def _is_own_state(self, state: Path) -> bool:
+        return state.exists() and json.loads(state.read_text(encoding="utf-8")) == self.fingerprint
+
+    def clean_up(self) -> None:
+        """Remove OUT/work. Until the very last step there is a state.json, so that ``is_finished`` finds OUT wherever
+        this is interrupted.
+        """
+        remove_replaced(self.out)
+        work = self.out / "work"
+        if work.exists():
+            for file in work.iterdir():
+                if file.name != "state.json":
+                    file.unlink()
+            if (work / "state.json").exists():
+                os.replace(work / "state.json", self.finished)
+            work.rmdir()
+        self.finished.unlink(missing_ok=True)
 
     def _check_disk(self) -> None:
         """Both the parts and the largest shard put together from them must fit."""
@@ -173,11 +191,11 @@ class CheckpointWriter:
 
     def has_part(self, part: int) -> bool:
         """True if this part was written, by this run or the one it continues."""
-        return self.is_finished or self.is_merging or self._part_path(part).exists()
+        return self.is_merging or self._part_path(part).exists()
 
     def kept_tensors(self, name: str, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Return what ``make`` returned, in this run or in the one it continues."""
-        path = self._work_now / f"{name}.safetensors"
+        path = self.work / f"{name}.safetensors"
         if not path.exists():
             tensors = make()
             header = {key: (DTYPE_NAMES[value.dtype], tuple(value.shape)) for key, value in tensors.items()}
@@ -187,7 +205,7 @@ class CheckpointWriter:
 
     def kept_json(self, name: str, make: Callable[[], dict]) -> dict:
         """Return what ``make`` returned, in this run or in the one it continues."""
-        path = self._work_now / f"{name}.json"
+        path = self.work / f"{name}.json"
         if not path.exists():
             content = json.dumps(make()).encode()
             with _writing(self.partial):
@@ -216,9 +234,7 @@ class CheckpointWriter:
 
     def reports(self) -> list[dict]:
         """Return what ``write_part`` was told about each part, in order."""
-        return [
-            json.loads((self._work_now / f"{part:05d}.json").read_text()) for part in range(len(self.parts))
-        ]
+        return [json.loads((self.work / f"{part:05d}.json").read_text()) for part in range(len(self.parts))]
 
     def finish(self, files: Mapping[str, bytes], copied: Iterable[Path]) -> None:
         """Put the shards together, add ``files`` (name -> content) and the ``copied`` ones, and move the
@@ -227,9 +243,6 @@ class CheckpointWriter:
         Raises:
             PVQError: the disk is full; OUT is as it was before.
         """
-        if self.is_finished:
-            shutil.rmtree(self.out / "work")
-            return
         with _writing(self.partial):
             part_of = {name: part for part, tensors in enumerate(self.parts) for name in tensors}
             for shard_name, shard in zip(self.shard_names, self.shards, strict=True):
@@ -253,7 +266,7 @@ class CheckpointWriter:
                 write_file(self.partial / name, content)
             (self.partial / ".lock").unlink(missing_ok=True)
             move_into_place(self.partial, self.out)
-            shutil.rmtree(self.out / "work")
+            self.clean_up()
 
     def _finished_tensors(self) -> set[str]:
         pairs = zip(self.shard_names, self.shards, strict=True)

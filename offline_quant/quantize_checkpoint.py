@@ -95,6 +95,10 @@ def quantize_checkpoint(
     )
     with run as writer:
         start(sum(weights.values()))
+        if writer.is_finished:
+            writer.clean_up()
+            progress(out.name, sum(weights.values()))
+            return json.loads((out / "report.json").read_text(encoding="utf-8"))
         predicted = None
         if candidates:
             tell = partial(progress, weights=0)
@@ -113,7 +117,7 @@ def quantize_checkpoint(
             else:
                 for name in parts[index].modules:
                     progress(name, weights[name])
-        if settings.tune_epochs and not (writer.is_merging or writer.is_finished):
+        if settings.tune_epochs and not writer.is_merging:
             tell = partial(progress, weights=0)
             _tune(source, config, settings, worker, data.tokens(writer), tell)
         reports = writer.reports()

@@ -22,27 +22,35 @@ COPY_BYTES = 1 << 24
 
 def move_into_place(partial: Path, out: Path) -> None:
     """Rename ``partial`` to ``out``; what was there goes only after the new folder has its name."""
-    old = out.with_name(out.name + ".old")
     if out.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(out, old)
+        remove_replaced(out)
+        os.replace(out, _old_name(out))
     os.replace(partial, out)
-    shutil.rmtree(old, ignore_errors=True)
+    remove_replaced(out)
+
+
+def remove_replaced(out: Path) -> None:
+    """Remove what a process left that was killed at the end of ``move_into_place``."""
+    shutil.rmtree(_old_name(out), ignore_errors=True)
+
+
+def _old_name(out: Path) -> Path:
+    return out.with_name(out.name + ".old")
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove ``folder``, under another name, so that a process killed meanwhile leaves nothing of this name."""
+    """Remove ``folder``, under another name, so that a process killed meanwhile leaves nothing of its name."""
     clear_removed(folder)
-    os.replace(folder, _removed(folder))
+    os.replace(folder, _removed_name(folder))
     clear_removed(folder)
 
 
 def clear_removed(folder: Path) -> None:
     """Remove what a process left that was killed in ``remove_folder``."""
-    shutil.rmtree(_removed(folder), ignore_errors=True)
+    shutil.rmtree(_removed_name(folder), ignore_errors=True)
 
 
-def _removed(folder: Path) -> Path:
+def _removed_name(folder: Path) -> Path:
     return folder.with_name(folder.name + ".removed")
 
 
