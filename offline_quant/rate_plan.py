@@ -26,10 +26,10 @@ BELOW_TWO = "16,8,2"  # 1.69 bits: lets an average reach 2.0 in spite of the row
 def rate_candidates(
     source: ModelSource, config: CheckpointConfig, settings: Settings
 ) -> dict[str, list[Codebook]]:
-    """Return the codebooks that each module of the decoder layers may get, without regard to the budget.
+    """Return the codebooks that each module of the decoder layers may get.
 
     Raises:
-        PVQError: a rate fits no module.
+        PVQError: no rate fits a module, or the smallest ones take more than the budget.
     """
     rates = settings.rates or DEFAULT_RATES
     codebooks = [codebook_from_text(rate, "--rate") for rate in rates]
@@ -41,8 +41,13 @@ def rate_candidates(
             if any(re.search(pattern, name) for pattern, _ in settings.overrides):
                 candidates[name] = [config.modules[name].codebook]
             else:
-                fitting = [codebook for codebook in codebooks if _fits(codebook, source, name)]
-                candidates[name] = fitting or [config.modules[name].codebook]
+                candidates[name] = [codebook for codebook in codebooks if _fits(codebook, source, name)]
+                if not candidates[name]:
+                    raise PVQError(
+                        f"{name} has {source.weight_shape(name)[1]} input columns, which none of --rate "
+                        f"{' and '.join(rates)} fits: add a --rate of 2, 3, 4 or 8 bits, or a D,K,b whose D divides "
+                        "them"
+                    )
     if not settings.rates and smallest_average(source, candidates) > settings.target_bpw:
         below = codebook_from_text(BELOW_TWO, "--rate")
         for name, books in candidates.items():

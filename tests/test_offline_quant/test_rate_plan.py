@@ -83,6 +83,11 @@ def test_mistakes_are_sentences(tiny_llama, tmp_path):
         average_settings(3.0, rates=("16",))
     with pytest.raises(PVQError, match=r"--target-bpw 2.5: the smallest rates take 3\.1\d* bits a weight"):
         quantize_checkpoint(tiny_llama, tmp_path / "out", average_settings(2.5, rates=("3", "4")))
+    with pytest.raises(
+        PVQError, match=r"down_proj has 192 input columns, .* --rate 128,386,4 and 128,225,4 fits"
+    ):
+        settings = average_settings(4.1, rates=("128,386,4", "128,225,4"))
+        quantize_checkpoint(tiny_llama, tmp_path / "out", settings)
     assert list(tmp_path.iterdir()) == []
 
 
