@@ -93,22 +93,29 @@ def choose_rates(
     Args:
         losses: see ``sensitivity.measure_losses``. A module without losses (no token reached it) gets its
             largest rate within the target, or its smallest.
+    Raises:
+        PVQError: even the smallest rates take more.
     """
     shapes = {name: source.weight_shape(name) for name in candidates}
-    possible: dict[str, list[Codebook]] = {}
-    for name, books in candidates.items():
-        books = sorted(books, key=lambda book: module_bits(book, shapes[name]))
-        if name not in losses:
-            limit = target_bpw * math.prod(shapes[name])
-            books = [book for book in books if module_bits(book, shapes[name]) <= limit][-1:] or books[:1]
-        possible[name] = books
-    costs = [[module_bits(book, shapes[name]) for book in books] for name, books in possible.items()]
-    values = [
-        [losses[name][str(book)] if name in losses else 0.0 for book in books]
-        for name, books in possible.items()
-    ]
-    choice = allocate(costs, values, math.floor(target_bpw * sum(map(math.prod, shapes.values()))))
-    return {name: books[index] for (name, books), index in zip(possible.items(), choice, strict=True)}
+    budget = math.floor(target_bpw * sum(map(math.prod, shapes.values())))
+    for unmeasured in (-1, 0):  # the largest rate, or the smallest if the others cannot pay for that
+        possible: dict[str, list[Codebook]] = {}
+        for name, books in candidates.items():
+            books = sorted(books, key=lambda book: module_bits(book, shapes[name]))
+            if name not in losses:
+                limit = target_bpw * math.prod(shapes[name])
+                within = [book for book in books if module_bits(book, shapes[name]) <= limit]
+                books = [(within or books[:1])[unmeasured]]
+            possible[name] = books
+        costs = [[module_bits(book, shapes[name]) for book in books] for name, books in possible.items()]
+        values = [
+            [losses[name][str(book)] if name in losses else 0.0 for book in books]
+            for name, books in possible.items()
+        ]
+        choice = allocate(costs, values, budget)
+        if choice is not None:
+            return {name: books[index] for (name, books), index in zip(possible.items(), choice, strict=True)}
+    raise PVQError(f"--target-bpw {target_bpw:g}: even the smallest rates take more: raise it")
 
 
 def with_codebooks(config: CheckpointConfig, chosen: Mapping[str, Codebook]) -> CheckpointConfig:

@@ -2,12 +2,14 @@
 """An average rate from the command to the checkpoint: the budget is kept and used, and a killed run resumes."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from offline_quant.inspect import inspect_checkpoint
-from offline_quant.plan import Settings
+from offline_quant.plan import Settings, codebook_from_text
 from offline_quant.quantize_checkpoint import quantize_checkpoint
+from offline_quant.rate_plan import choose_rates
 from pvq_vllm.codec.errors import PVQError
 from pvq_vllm.codec.format import check_checkpoint
 
@@ -89,6 +91,20 @@ def test_mistakes_are_sentences(tiny_llama, tmp_path):
         settings = average_settings(4.1, rates=("128,386,4", "128,225,4"))
         quantize_checkpoint(tiny_llama, tmp_path / "out", settings)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_module_that_no_token_reached_gets_what_the_others_leave():
+    """Its largest rate within the target, 3.125 bits, or its smallest where the other module takes 4.125."""
+    source = SimpleNamespace(weight_shape=lambda name: (128, 128))
+    two, three, four = (codebook_from_text(bits, "") for bits in "234")
+    candidates = {"expert": [three, two], "other": [two, four]}
+    losses = {"other": {"pvq2": 1.0, "pvq4": 0.1}}
+    chosen = choose_rates(source, candidates, losses, 3.2)
+    assert chosen == {"expert": three, "other": two}
+    candidates["other"], losses["other"] = [four], {"pvq4": 0.1}
+    assert choose_rates(source, candidates, losses, 3.2) == {"expert": two, "other": four}
+    with pytest.raises(PVQError, match=r"--target-bpw 3.1: even the smallest rates take more: raise it"):
+        choose_rates(source, candidates, losses, 3.1)
 
 
 def test_report_and_config_name_the_mixture(tiny_llama, tmp_path):
