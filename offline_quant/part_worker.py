@@ -20,7 +20,7 @@ from .checkpoint_writer import CheckpointWriter
 from .hessian import HessianSum, RotatedHessian
 from .model_source import ModelSource
 from .plan import Settings
-from .weight_quantizer import dequantize_weight, quantize_weight
+from .weight_quantizer import dequantize_weight, quantize_weight, stored_weight_snr
 
 
 @dataclass
@@ -174,6 +174,12 @@ class PartWorker:
         stored = self._read[1]
         return self._restore(name, stored), stored[f"{name}.weight_scale"]
 
+    def weight_snr(self, name: str, stored: dict[str, torch.Tensor]) -> float:
+        """Return the signal-to-noise ratio, in dB, of a module's weight as the tensors of its part store it."""
+        weight = self.source.read(self.source.weight_name(name)).to(self.settings.device)
+        rotation = module_rotation(self.source, self.config, name)
+        return stored_weight_snr(weight, _local(name, stored), self.config.modules[name].codebook, rotation)
+
     def _make_layer(self, part: Part, tensors: dict, report: dict, progress: Callable[[str], None]) -> None:
         """Quantize a decoder layer with the Hessians of its inputs, and send the batch through the result."""
         self._pass_layers(part.layer)
@@ -238,12 +244,14 @@ class PartWorker:
 
     def _restore(self, name: str, stored: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return the weight that the stored tensors of module ``name`` stand for."""
-        tensors = {
-            key.removeprefix(f"{name}."): tensor
-            for key, tensor in stored.items()
-            if key.startswith(f"{name}.")
-        }
+        tensors = _local(name, stored)
         codebook, in_features = self.config.modules[name].codebook, self.source.weight_shape(name)[1]
         rotation = module_rotation(self.source, self.config, name)
         dtype = self.source.weight_dtype(name)
         return dequantize_weight(tensors, codebook, in_features, rotation, dtype, self.settings.device)
+
+
+def _local(name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors of module ``name``, by their local names."""
+    prefix = f"{name}."
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}

@@ -144,7 +144,10 @@ def _tune(
     tokens: torch.Tensor,
     progress: Callable[[str], None],
 ) -> None:
-    """Tune scales and norms and put them into the parts; what was tuned is kept, so that it is done once."""
+    """Tune scales and norms and put them into the parts; what was tuned is kept, so that it is done once.
+
+    The error of the weights is reported anew. That of the outputs is not known any more, since Hessians are not kept.
+    """
     worker.release()
     given = tokens, settings.tune_epochs, settings.seed, settings.device, progress
     tuned = worker.writer.kept_tensors(
@@ -154,7 +157,12 @@ def _tune(
     for index, part in enumerate(worker.parts):
         changed = {name: tensor for name, tensor in tuned.items() if name in part.outputs}
         if changed:
-            worker.writer.write_part(index, {**worker.writer.read_part(index), **changed}, reports[index])
+            tensors = {**worker.writer.read_part(index), **changed}
+            for name, entry in reports[index]["modules"].items():
+                if f"{name}.weight_scale" in changed:
+                    snr = round(worker.weight_snr(name, tensors), 3)
+                    entry.update(weight_snr_db=snr, output_snr_db=None)
+            worker.writer.write_part(index, tensors, reports[index])
 
 
 class _CalibrationData:

@@ -118,7 +118,8 @@ def _new_figure(rows: int, columns: int, size: tuple[float, float], **arguments)
 
 def _draw_layers(report: dict, layers: list[dict]) -> str:
     figure, axes = _new_figure(3, 1, (9, 8), sharex=True)
-    key = "output_snr_db" if report["calibration_tokens"] else "weight_snr_db"
+    known = [report["modules"][name]["output_snr_db"] for layer in layers for name in layer["modules"]]
+    key = "weight_snr_db" if all(value is None for value in known) else "output_snr_db"
     kinds: dict[str, list[tuple[int, dict]]] = {}
     for index, layer in enumerate(layers):
         for name in layer["modules"]:

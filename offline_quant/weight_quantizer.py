@@ -181,6 +181,20 @@ def _quantize_canonical(
     )
 
 
+def stored_weight_snr(
+    weight: torch.Tensor, tensors: Mapping[str, torch.Tensor], codebook: Codebook, rotation
+) -> float:
+    """Return 10 log10(|W|^2 / |dW|^2) of ``weight`` and the stored tensors, as ``quantize_weight`` gave it for its own."""
+    energy = _Energy()
+    others = {name: tensor for name, tensor in tensors.items() if name == "weight_levels"}
+    for rows in torch.arange(len(weight)).split(max(1, _chunk_weights(weight.device) // weight.shape[1])):
+        part = {name: tensors[name][rows] for name in ("weight_packed", "weight_scale")}
+        rotated = rotate_rows(weight[rows].float(), rotation)
+        restored = dequantize_rotated({**others, **part}, codebook, weight.shape[1], weight.device)
+        energy.add(rotated, rotated - restored, None)
+    return energy.decibel(*energy.sums[:2])
+
+
 def decode_levels(tensors: Mapping[str, torch.Tensor], codebook: Codebook, in_features: int) -> torch.Tensor:
     """Return q, int8 [m, n], from the stored tensors (by local name).
 

@@ -2,6 +2,7 @@
 """Tuning of scales and norms: gradients, what is stored, that it lowers the divergence, and that it resumes."""
 
 import dataclasses
+import json
 import shutil
 
 import pytest
@@ -15,11 +16,14 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from offline_quant import calibration, memory, tuning
 from offline_quant.calibration_data import calibration_tokens
 from offline_quant.evaluate import compare_logits, load_model
+from offline_quant.inspect import inspect_checkpoint
 from offline_quant.model_source import ModelSource
 from offline_quant.norms import norm_offset
 from offline_quant.plan import Settings, codebook_from_text
 from offline_quant.quantize_checkpoint import quantize_checkpoint
+from offline_quant.weight_quantizer import dequantize_weight
 from pvq_vllm.codec.errors import PVQError
+from pvq_vllm.codec.format import Codebook
 
 DATA = {"calibration": "builtin", "calibration_sequences": 6, "calibration_length": 48}
 
@@ -64,6 +68,36 @@ def test_tuning_lowers_the_divergence_and_changes_only_scales_and_norms(
         elif "norm" not in key:
             assert torch.equal(tuned[key], tensor), key
     assert any("norm" in key and not torch.equal(tuned[key], plain[key]) for key in plain)
+
+
+def test_the_report_tells_the_error_of_the_tuned_scales(tiny_llama, tmp_path):
+    """Of weights as they are stored in the end. Nothing is told of the outputs, whose Hessians are gone."""
+    wanted = settings(overrides=(("down_proj", "3"),), rotation="none", tune_epochs=2, lm_head_bits=8)
+    report = quantize_checkpoint(tiny_llama, tmp_path / "out", wanted)
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
+    stored, base = (
+        load_file(tmp_path / "out" / "model.safetensors"),
+        load_file(tiny_llama / "model.safetensors"),
+    )
+    for name, entry in report["modules"].items():
+        if name != "lm_head":
+            weight = base[f"{name}.weight"].double()
+            tensors = {kind: stored[f"{name}.{kind}"] for kind in ("weight_packed", "weight_scale")}
+            codebook = Codebook(entry["codebook"])
+            restored = dequantize_weight(tensors, codebook, weight.shape[1], None, torch.float64)
+            snr = 10 * torch.log10(weight.square().sum() / (restored - weight).square().sum()).item()
+            assert entry["weight_snr_db"] == pytest.approx(snr, abs=0.002)
+            assert entry["output_snr_db"] is None
+    assert report["modules"]["lm_head"]["output_snr_db"] > 30  # is not tuned
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert (
+        "<!-- weight SNR, dB -->" in page and "<!-- output SNR, dB -->" not in page
+    )  # the label of the picture
+    assert all(
+        module["output_snr_db"] is None
+        for module in inspect_checkpoint(tmp_path / "out")["modules"]
+        if module["name"] != "lm_head"
+    )
 
 
 def test_gradient_is_that_of_the_divergence(tiny_llama, monkeypatch):

@@ -6,7 +6,7 @@ import torch
 
 from offline_quant.error_feedback import descend, feedback, fit_scale
 from offline_quant.hessian import HessianSum, RotatedHessian, inverse_factor, rotate_hessian
-from offline_quant.weight_quantizer import dequantize_weight, quantize_weight
+from offline_quant.weight_quantizer import dequantize_weight, quantize_weight, stored_weight_snr
 from pvq_vllm import ops
 from pvq_vllm.codec.errors import PVQError
 from pvq_vllm.codec.format import Codebook, expected_tensors
@@ -221,6 +221,9 @@ def test_quantized_tensors_fit_the_format_and_decode_to_what_was_promised(codebo
     assert snr == pytest.approx(result.weight_snr_db, abs=0.4)  # bfloat16 adds noise at 55 dB
     assert snr > {"pvq2": 5, "pvq3": 10, "pvq4": 15, "int8": 35, "canonical": 8}[codebook.name]
     assert (result.output_snr_db is None) == (hessian is None)
+    assert stored_weight_snr(weight, result.tensors, codebook, rotation) == pytest.approx(
+        result.weight_snr_db, abs=1e-3
+    )
 
 
 @pytest.mark.parametrize("name", ["pvq2", "pvq3", "pvq4"])
