@@ -8,6 +8,7 @@ over its rows. Nothing is drawn at random.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,11 @@ from pvq_vllm.codec.errors import PVQError
 
 BUILTIN, SELF = "builtin", "self"  # instead of a path
 TABLES = (".parquet", ".jsonl", ".arrow")
+SPLITS = {  # and the words that name them, as in the library datasets
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "val", "dev"},
+    "test": {"test", "testing", "eval", "evaluation"},
+}
 DOCUMENTS_PER_SEQUENCE = 4  # taken at first; twice as many as long as they are too short
 
 
@@ -116,7 +122,7 @@ def table_files(path: Path) -> list[Path]:
     """Return the table itself, or the tables of a folder: those that state.json lists, or else all, by name.
 
     Raises:
-        PVQError: there is none, or the folder is a dataset of several splits.
+        PVQError: there is none, or the folder holds several splits.
     """
     if path.is_file():
         return [path]
@@ -132,7 +138,19 @@ def table_files(path: Path) -> list[Path]:
             f"--calibration {path}: no .parquet, .jsonl or .arrow file is in this folder: name a text, or the "
             "folder of a dataset"
         )
+    splits = {split for file in files for split in _splits_named(file.relative_to(path))}
+    if len(splits) > 1:
+        raise PVQError(
+            f"{path} holds files of the splits {', '.join(sorted(splits))}: name the file of one split, or a folder "
+            "that holds no other"
+        )
     return files
+
+
+def _splits_named(file: Path) -> set[str]:
+    """Return the splits that a path names in a word of its own, as 'train' in data/train_sft-00000-of-00003.parquet."""
+    words = set(re.findall(r"[a-z]+", str(file.with_suffix("")).lower()))
+    return {split for split, names in SPLITS.items() if words & names}
 
 
 def _rows(file: Path) -> Iterator[str | list]:

@@ -123,6 +123,32 @@ def test_folders_that_are_no_dataset_are_named(tiny_llama, tmp_path):
         calibration_tokens(tiny_llama, tmp_path, 1, 1)
 
 
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (["data/train-00000-of-00001.jsonl", "data/test-00000-of-00001.jsonl"], "test, train"),
+        (["train.jsonl", "val.jsonl", "test.jsonl"], "test, train, validation"),
+        (["train_sft-00000-of-00002.jsonl", "test_sft-00000-of-00001.jsonl"], "test, train"),
+        (["default/train/0000.jsonl", "default/validation/0000.jsonl"], "train, validation"),
+        (["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"], None),
+        (["train_sft-00000-of-00001.jsonl", "train_gen-00000-of-00001.jsonl"], None),
+        (["test/0000.jsonl", "test/0001.jsonl"], None),
+        (["part-0.jsonl", "contest.jsonl", "latest-train.jsonl"], None),
+    ],
+)
+def test_a_folder_of_several_splits_is_refused(tmp_path, names, splits):
+    """Calibrating on the split that one tests on would spoil every later measurement."""
+    folder = tmp_path / "test-data"  # the name of the folder itself tells nothing
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text('{"text": "x"}\n')
+    if splits is None:
+        assert calibration_data.table_files(folder) == sorted(folder / name for name in names)
+        return
+    with pytest.raises(PVQError, match=f"holds files of the splits {splits}: name the file of one split"):
+        calibration_data.table_files(folder)
+
+
 def test_without_pyarrow_the_package_is_named(tiny_llama, tmp_path, monkeypatch):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"text": "x"}]), tmp_path / "data.parquet")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
