@@ -5,7 +5,8 @@
         work/state.json           what the run was started with; another run may not continue it
         work/00007.json           what is reported about part 7, written before
         work/00007.safetensors    the tensors of part 7 (a decoder layer, or one of the tensors outside)
-        work/NAME.json ...        what was found out before the parts: sampled tokens, sensitivities
+        work/NAME.json ...        what was found out beside the parts: sampled tokens, sensitivities
+        work/NAME.seconds         how long that took
         model-00001-of-00002.safetensors ...     shards put together from the parts once all of them are there
 
 Every file is written under another name and renamed when complete, so whatever exists is whole. The layout of
@@ -18,6 +19,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -197,7 +199,7 @@ class CheckpointWriter:
         """Return what ``make`` returned, in this run or in the one it continues."""
         path = self.work / f"{name}.safetensors"
         if not path.exists():
-            tensors = make()
+            tensors = self._timed(name, make)
             header = {key: (DTYPE_NAMES[value.dtype], tuple(value.shape)) for key, value in tensors.items()}
             with _writing(self.partial):
                 write_safetensors(path, header, (bytes_of(value) for value in tensors.values()))
@@ -207,10 +209,22 @@ class CheckpointWriter:
         """Return what ``make`` returned, in this run or in the one it continues."""
         path = self.work / f"{name}.json"
         if not path.exists():
-            content = json.dumps(make()).encode()
+            content = json.dumps(self._timed(name, make)).encode()
             with _writing(self.partial):
                 write_file(path, content)
         return json.loads(path.read_text())
+
+    def _timed(self, name: str, make: Callable[[], dict]) -> dict:
+        """Return what ``make`` returns, and note how long it took, before the rest is stored."""
+        started = time.perf_counter()
+        result = make()
+        with _writing(self.partial):
+            write_file(self.work / f"{name}.seconds", str(time.perf_counter() - started).encode())
+        return result
+
+    def seconds(self) -> dict[str, float]:
+        """Return how long it took to make what is kept, by name."""
+        return {file.stem: float(file.read_text()) for file in sorted(self.work.glob("*.seconds"))}
 
     def write_part(self, part: int, tensors: Mapping[str, torch.Tensor], report: dict) -> None:
         """Store one part and what is to be reported about it.

@@ -120,6 +120,7 @@ class PartWorker:
         self.writer, self.parts = writer, parts
         self.tokens, self.token_weights = tokens, token_weights
         self._forward: LayerwiseForward | None = None
+        self._tokens: torch.Tensor | None = None
         self._weights: dict[str, torch.Tensor] = {}
         self._hessians = HessianCache()
         self._read: tuple[int, dict[str, torch.Tensor]] | None = None  # the part that was read last
@@ -128,16 +129,21 @@ class PartWorker:
     def order(self) -> Iterator[int]:
         """Yield the numbers of the parts; what needs the hidden states behind the last layer comes last."""
         outside = [index for index, part in enumerate(self.parts) if part.layer is None]
-        yield from (index for index in outside if self.source.head_name not in self.parts[index].modules)
+        yield from (index for index in outside if not self._is_head(self.parts[index]))
         yield from (index for index, part in enumerate(self.parts) if part.layer is not None)
-        yield from (index for index in outside if self.source.head_name in self.parts[index].modules)
+        yield from (index for index in outside if self._is_head(self.parts[index]))
+
+    def _is_head(self, part: Part) -> bool:
+        return self.source.head_name in part.modules
 
     def make(self, index: int, progress: Callable[[str], None]) -> None:
         """Quantize and store one part, and what is to be reported about it: ``modules`` (name -> entry),
         ``group_power`` (the sum over the modules of ``amplitude_histogram.measure``) and ``seconds``.
         """
-        started = time.perf_counter()
         part = self.parts[index]
+        if self.settings.calibration is not None and (part.layer is not None or self._is_head(part)):
+            self._take_tokens()
+        started = time.perf_counter()
         tensors: dict[str, torch.Tensor] = {}
         for name in part.copied:
             tensors[name] = self.source.read_stored(name).cpu()
@@ -225,13 +231,18 @@ class PartWorker:
         report["group_power"].append(measured)
         return result.dequantized
 
+    def _take_tokens(self) -> None:
+        """Get the calibration tokens and their weights. Where that takes long, the writer counts it by itself."""
+        if self._tokens is None:
+            self._tokens, self._weights = self.tokens(), self.token_weights()
+
     def _pass_layers(self, stop: int) -> None:
         """Bring the calibration batch to layer ``stop``, through layers that an interrupted run has already
         quantized.
         """
         if self._forward is None:
-            self._weights = self.token_weights()
-            self._forward = LayerwiseForward(self.source, self.tokens(), device=self.settings.device)
+            self._take_tokens()
+            self._forward = LayerwiseForward(self.source, self._tokens, device=self.settings.device)
         for layer in range(self._passed, stop):
             index, part = next((i, part) for i, part in enumerate(self.parts) if part.layer == layer)
             stored = self.writer.read_part(index)

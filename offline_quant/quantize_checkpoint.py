@@ -122,13 +122,14 @@ def quantize_checkpoint(
             _tune(source, config, settings, worker, data.tokens(writer), tell)
         reports = writer.reports()
         report = make_report(source, settings, config, reports, writer.shards, predicted)
+        times = timings(reports, writer.seconds())
         copied = [source.folder / name for name in COPIED_NAMES if (source.folder / name).is_file()]
         writer.finish(
             {
                 "README.md": model_card(source.folder, report).encode(),
                 "report.json": _json(report),
-                "timings.json": _json(timings(reports)),
-                "report.html": report_page(report, timings(reports), layer_reports(parts, reports)).encode(),
+                "timings.json": _json(times),
+                "report.html": report_page(report, times, layer_reports(parts, reports)).encode(),
                 "config.json": _json(_model_config(source, config)),
             },
             copied,

@@ -4,6 +4,7 @@ interrupted writes the same report as one that was not.
 """
 
 from collections import Counter
+from collections.abc import Mapping
 
 from pvq_vllm.codec.format import CheckpointConfig
 
@@ -12,6 +13,9 @@ from .model_source import ModelSource
 from .part_worker import Part
 from .plan import Settings
 from .whole_files import tensor_bytes
+
+# What the writer keeps beside the parts, by the beginning of its name, and the phase in which it is made.
+PHASES = {"tokens": "sampling", "gradients": "gradients", "losses": "sensitivities", "tuned": "tuning"}
 
 
 def make_report(
@@ -63,14 +67,28 @@ def make_report(
     }
 
 
-def timings(reports: list[dict]) -> dict:
-    """Return the content of timings.json: ``seconds`` of all parts, and of every module (its quantization
-    alone, without the forward pass and the Hessians).
+def timings(reports: list[dict], kept: Mapping[str, float]) -> dict:
+    """Return the content of timings.json: ``seconds`` of everything, of every phase, and of every module (its
+    quantization alone, without the forward pass and the Hessians).
+
+    Args:
+        reports: of all parts; kept: of what the writer keeps beside them, see ``CheckpointWriter.seconds``.
     """
     modules = {
         name: round(entry["seconds"], 3) for report in reports for name, entry in report["modules"].items()
     }
-    return {"seconds": round(sum(report["seconds"] for report in reports), 3), "modules": modules}
+    phases: dict[str, float] = {}
+    for name, seconds in kept.items():
+        phase = PHASES[name.partition("-")[0]]
+        phases[phase] = phases.get(phase, 0.0) + seconds
+    phases["parts"] = sum(report["seconds"] for report in reports)
+    return {
+        "seconds": round(sum(phases.values()), 3),
+        "phases": {
+            phase: round(phases[phase], 3) for phase in (*PHASES.values(), "parts") if phase in phases
+        },
+        "modules": modules,
+    }
 
 
 def layer_reports(parts: list[Part], reports: list[dict]) -> list[dict]:

@@ -43,6 +43,7 @@ def report_page(report: dict, timings: dict, layers: list[dict]) -> str:
         layers: of every decoder layer, in order: ``modules`` (names), ``group_power`` (histograms of
             ``amplitude_histogram.measure``, or an empty list) and ``seconds``.
     """
+    phases = ", ".join(f"{phase} {seconds:,.1f}" for phase, seconds in timings["phases"].items())
     facts = [
         ("Base model", report["base_model"]),
         ("Codebook", report["codebook"]),
@@ -56,7 +57,7 @@ def report_page(report: dict, timings: dict, layers: list[dict]) -> str:
             "Calibration",
             f"{report['calibration_tokens']:,} tokens" if report["calibration_tokens"] else "none",
         ),
-        ("Time of all parts", f"{timings['seconds']:,.1f} s"),
+        ("Time", f"{timings['seconds']:,.1f} s ({phases})"),
     ]
     if report["predicted_kl_divergence"] is not None:
         facts.append(("Predicted KL divergence", f"{report['predicted_kl_divergence']:.4f} nats a token"))

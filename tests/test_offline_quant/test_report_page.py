@@ -4,13 +4,16 @@
 import json
 import re
 import shlex
+from dataclasses import replace
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from offline_quant import amplitude_histogram, cli
+from offline_quant import amplitude_histogram, checkpoint_writer, cli, part_worker, sensitivity
+from offline_quant import quantize_checkpoint as module
 from offline_quant.amplitude_histogram import BIN_WIDTH, BINS, expected_group_power, group_power
 from offline_quant.command_line import command_line
 from offline_quant.plan import Settings, codebook_from_text
@@ -63,6 +66,44 @@ def test_the_page_shows_every_module_and_loads_nothing(tiny_llama, tmp_path):
         ]
 
 
+def test_every_phase_has_a_time_of_its_own(tiny_llama, tmp_path, monkeypatch):
+    """By a clock that stands still but for the phases: a layer's time is not that of what its first call causes."""
+    clock = SimpleNamespace(now=0, perf_counter=lambda: clock.now)
+    for place in (checkpoint_writer, part_worker):
+        monkeypatch.setattr(place, "time", clock)
+
+    def takes(seconds: int, place, name: str) -> None:
+        function = getattr(place, name)
+
+        def slow(*arguments, **options):
+            clock.now += seconds
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(place, name, slow)
+
+    takes(10_000, module, "sample_tokens")
+    takes(2_000, module, "output_gradients")
+    takes(10, sensitivity, "row_losses")
+    takes(50, module, "tuned_tensors")
+    takes(1, part_worker, "quantize_weight")
+    settings = replace(CALIBRATED, calibration="self", target_bpw=3.0, rates=("2", "4"), tune_epochs=1)
+    quantize_checkpoint(tiny_llama, tmp_path / "a", settings)
+    timings = json.loads((tmp_path / "a" / "timings.json").read_text())
+    phases = {"sampling": 10_000, "gradients": 2_000, "sensitivities": 280, "tuning": 50, "parts": 15}
+    assert timings["phases"] == phases and timings["seconds"] == sum(phases.values())
+    page = Page((tmp_path / "a" / "report.html").read_text())
+    assert [
+        "Time",
+        "12,345.0 s (sampling 10,000.0, gradients 2,000.0, sensitivities 280.0, tuning 50.0, parts 15.0)",
+    ] in page.rows
+    settings = replace(CALIBRATED, token_weights="uniform")
+    quantize_checkpoint(tiny_llama, tmp_path / "b", settings)
+    assert json.loads((tmp_path / "b" / "timings.json").read_text())["phases"] == {"parts": 15}
+    quantize_checkpoint(tiny_llama, tmp_path / "c", CALIBRATED)  # measured when the first layer asks for them
+    phases = {"gradients": 2_000, "parts": 15}
+    assert json.loads((tmp_path / "c" / "timings.json").read_text())["phases"] == phases
+
+
 def test_the_histogram_of_gaussian_rows_is_the_beta_density():
     weight = torch.randn(4000, 64, generator=torch.Generator().manual_seed(0))
     counts, expected = group_power(weight, 8), expected_group_power(8, 8)
@@ -100,8 +141,6 @@ def test_rotation_makes_the_histogram_of_uneven_rows_that_of_gaussian_ones():
 def test_the_command_leads_to_the_same_settings(tmp_path, monkeypatch, settings):
     import typer
     from typer.testing import CliRunner
-
-    from offline_quant import quantize_checkpoint as module
 
     found = []
 
