@@ -219,7 +219,16 @@ def demo(folder: Path, bits: int) -> dict[str, Any]:
     """
     base, checkpoint = make_checkpoint(folder, bits)
     evaluation, load = folder / "eval.json", folder / "load"
-    measure = ["pvq", "eval", str(checkpoint), "--reference", str(base), "--json", str(evaluation)]
+    measure = [
+        "pvq",
+        "eval",
+        str(checkpoint),
+        "--reference",
+        str(base),
+        "--json",
+        str(evaluation),
+        "--update-card",
+    ]
     run_once("evaluate", measure, evaluation, newer_than=checkpoint / "config.json")
     key = secrets.token_hex(16)
     with served(checkpoint, folder / "serve.log", key) as url:
