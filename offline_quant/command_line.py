@@ -17,8 +17,12 @@ ALWAYS = ("rotation", "device")  # shown even where they are as by default: `aut
 WITHOUT_OPTION = ("codebook", "max_shard_bytes")
 
 
-def command_line(model: str, settings: Settings) -> str:
-    """Return `pvq quantize MODEL OUT ...` with every option that decides the bytes and is not the default."""
+def command_line(model: str, settings: Settings, threads: int | None = None) -> str:
+    """Return `pvq quantize MODEL OUT ...` with every option that decides the bytes and is not the default.
+
+    Args:
+        threads: of the run, where they decide the bytes.
+    """
     words = ["pvq", "quantize", model, "OUT"]
     if settings.codebook.name == "canonical":
         words += ["--codebook", "canonical"]
@@ -36,6 +40,8 @@ def command_line(model: str, settings: Settings) -> str:
             words += [word for entry in value for word in (option, _text(entry))]
         else:
             words += [option, str(value)]
+    if threads is not None:
+        words += ["--threads", str(threads)]
     return shlex.join(words)
 
 

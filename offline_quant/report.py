@@ -6,6 +6,8 @@ interrupted writes the same report as one that was not.
 from collections import Counter
 from collections.abc import Mapping
 
+import torch
+
 from pvq_vllm.codec.format import CheckpointConfig
 
 from .command_line import command_line
@@ -45,10 +47,12 @@ def make_report(
     books = Counter(
         modules[name]["codebook"] for name in sorted(inner, key=lambda name: bits[name] / sizes[name])
     )
+    # They decide the order of additions in the forward pass.
+    threads = None if settings.calibration is None else torch.get_num_threads()
     stored = sum(tensor_bytes(*tensor) for shard in shards for tensor in shard.values())
     return {
         "base_model": source.folder.resolve().name,
-        "command": command_line(source.folder.resolve().name, settings),
+        "command": command_line(source.folder.resolve().name, settings, threads),
         "codebook": ", ".join(f"{book} ({count})" for book, count in books.items())
         if len(books) > 1
         else str(config.codebook),

@@ -50,6 +50,7 @@ class Page(HTMLParser):
 
 def test_the_page_shows_every_module_and_loads_nothing(tiny_llama, tmp_path):
     report = quantize_checkpoint(tiny_llama, tmp_path / "out", CALIBRATED)
+    assert report["command"].endswith(f" --threads {torch.get_num_threads()}")  # they decide the bytes
     page = Page((tmp_path / "out" / "report.html").read_text())
     assert all(address.startswith("#") for address in page.addresses)
     assert page.tags.count("svg") == 2
@@ -151,17 +152,21 @@ def test_the_command_leads_to_the_same_settings(tmp_path, monkeypatch, settings)
     monkeypatch.setattr(module, "quantize_checkpoint", record)
     app = typer.Typer()
     app.command()(cli.quantize)
-    words = shlex.split(command_line("base", settings))
+    before = torch.get_num_threads()
+    words = shlex.split(command_line("base", settings, 3))
     assert words[:4] == ["pvq", "quantize", "base", "OUT"]
     result = CliRunner().invoke(app, words[2:])
     assert result.exit_code == 0, result.output
-    assert found == [settings]
+    assert found == [settings] and torch.get_num_threads() == 3
+    torch.set_num_threads(before)
 
 
 def test_the_card_tells_the_command_and_takes_an_evaluation(tiny_llama, tmp_path):
     report = quantize_checkpoint(tiny_llama, tmp_path / "out", Settings())
     card = tmp_path / "out" / "README.md"
-    assert f"```console\n{report['command']}\n```" in card.read_text()
+    assert (
+        f"```console\n{report['command']}\n```" in card.read_text() and "--threads" not in report["command"]
+    )
     arguments = {"reference": tiny_llama, "sequences": 2, "length": 32, "update_card": True}
     plain = card.read_text()
     for _ in range(2):  # the second replaces the first
