@@ -65,6 +65,18 @@ class Pyramid {
 // greedy search on the cosine, keeps the better and refines it; same result as codec.pyramid.search_pulses.
 void search_pulses(const float* x, int64_t count, int group_size, int num_pulses, int16_t* pulses);
 
+// The metric of the errors of a group of D columns, each float64 [D, D] row by row: an upper U, U^-1, and U^-1 U^-T.
+struct GroupMetric {
+  const double* factor;
+  const double* inverse;
+  const double* metric;
+};
+
+// Codes that are nearer in `metric`, or as they were: target [count, D] finite, levels [num_levels] ascending, scale [count]
+// positive; pulses [count, D], codes [count] and q [count, D] are read and changed (canonical_refine.cpp).
+void refine_pulses(const float* target, int64_t count, int group_size, int num_pulses, const GroupMetric& metric,
+                   const float* levels, int num_levels, const float* scale, int16_t* pulses, uint16_t* codes, int8_t* q);
+
 struct CanonicalFormat {
   int group_size;      // D
   int num_pulses;      // K

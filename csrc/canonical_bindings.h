@@ -49,6 +49,18 @@ inline void search(uintptr_t x, int64_t count, int group_size, int num_pulses, u
   });
 }
 
+inline void refine(uintptr_t target, int64_t count, int group_size, int num_pulses, uintptr_t factor, uintptr_t inverse,
+                   uintptr_t metric, uintptr_t levels, int num_levels, uintptr_t scale, uintptr_t pulses, uintptr_t codes,
+                   uintptr_t q) {
+  const GroupMetric of_group{at<const double>(factor), at<const double>(inverse), at<const double>(metric)};
+  const int64_t grain = std::max<int64_t>(1, 4096 / group_size / group_size);
+  parallel_for(count, grain, [&](int64_t begin, int64_t end, int) {
+    refine_pulses(at<const float>(target) + begin * group_size, end - begin, group_size, num_pulses, of_group,
+                  at<const float>(levels), num_levels, at<const float>(scale) + begin, at<int16_t>(pulses) + begin * group_size,
+                  at<uint16_t>(codes) + begin, at<int8_t>(q) + begin * group_size);
+  });
+}
+
 // Rows that make one sweep over the rows of the table worth while.
 inline int64_t row_grain(const CanonicalFormat& format) {
   const int64_t batch = Pyramid::get(format.group_size, format.num_pulses)->batch();
@@ -99,6 +111,9 @@ inline void bind_canonical(pybind11::module_& m) {
         py::arg("group_size"), py::arg("num_pulses"), py::arg("pulses"));
   m.def("canonical_search", &bound::search, NoGil(), py::arg("x"), py::arg("count"), py::arg("group_size"), py::arg("num_pulses"),
         py::arg("pulses"));
+  m.def("canonical_refine", &bound::refine, NoGil(), py::arg("target"), py::arg("count"), py::arg("group_size"),
+        py::arg("num_pulses"), py::arg("factor"), py::arg("inverse"), py::arg("metric"), py::arg("levels"), py::arg("num_levels"),
+        py::arg("scale"), py::arg("pulses"), py::arg("codes"), py::arg("q"));
   m.def("canonical_encode_rows", &bound::encode_rows, NoGil(), py::arg("pulses"), py::arg("amplitudes"), py::arg("rows"),
         py::arg("groups"), py::arg("group_size"), py::arg("num_pulses"), py::arg("amplitude_bits"), py::arg("packed"));
   m.def("canonical_decode_rows", &bound::decode_rows, NoGil(), py::arg("packed"), py::arg("levels"), py::arg("rows"),

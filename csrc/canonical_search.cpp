@@ -15,13 +15,7 @@
 #include <vector>
 
 #include "canonical.h"
-
-// One build serves every x86-64; the loop over the scores is most of the work.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define PVQ_VECTOR_CLONES __attribute__((flatten, target_clones("avx512f", "avx2", "default")))
-#else
-#define PVQ_VECTOR_CLONES
-#endif
+#include "vector_clones.h"
 
 namespace pvq {
 namespace {

@@ -6,13 +6,13 @@ of the rows, Lloyd's the amplitudes of all groups before any feedback. Then, as 
 
     W_hat[:, Q] = encode(W[:, Q]);   E = (W[:, Q] - W_hat[:, Q]) U_QQ^-1;   W[:, R] -= E U_QR
 
-with H^-1 = U^T U in rotated coordinates, and encode the nearest direction of the pyramid, then the level that
-is best for it (paper, section 3; LLVQ's algorithm 1).
+with H^-1 = U^T U in rotated coordinates, and encode the nearest direction of the pyramid with the level that
+is best for it (paper, section 3; LLVQ's algorithm 1), or a point that is nearer in the metric of the group, U_QQ^-1 U_QQ^-T.
 """
 
 import torch
 
-from pvq_vllm.canonical_ops import encode_groups, fit_levels, pack_pulses
+from pvq_vllm.canonical_ops import encode_groups, fit_levels, pack_pulses, refine_groups
 from pvq_vllm.codec.format import Codebook
 
 LAZY_COLUMNS = 128  # errors reach the columns behind a block of about so many in one matrix product
@@ -47,12 +47,12 @@ def quantize_with_feedback(
         error = torch.empty(rows, stop - start)
         for first in range(start, stop, group):
             last = first + group
-            found = encode_groups(work[:, first:last], levels, working_scale, codebook.num_pulses)
+            target, upper = work[:, first:last], factor[first:last, first:last]
+            found = encode_groups(target, levels, working_scale, codebook.num_pulses)
+            found = refine_groups(target, upper, found, levels, working_scale, codebook.num_pulses)
             pulses[:, first // group], amplitudes[:, first // group], q[:, first:last] = found
-            difference = work[:, first:last] - found[2].float() * working_scale[:, None]
-            scaled = torch.linalg.solve_triangular(
-                factor[first:last, first:last], difference, upper=True, left=False
-            )
+            difference = target - found[2].float() * working_scale[:, None]
+            scaled = torch.linalg.solve_triangular(upper, difference, upper=True, left=False)
             error[:, first - start : last - start] = scaled
             if last < stop:
                 work[:, last:stop] -= scaled @ factor[first:last, last:stop]

@@ -121,6 +121,46 @@ def encode_groups(
     return pulses, codes, q
 
 
+def refine_groups(
+    x: torch.Tensor,
+    factor: torch.Tensor,
+    found: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    levels: torch.Tensor,
+    scale: torch.Tensor,
+    num_pulses: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return codes for one group of every row that cost no more than those of ``encode_groups``, an error e costing
+    |e U^-1|^2 (csrc/canonical_refine.cpp).
+
+    Args:
+        x, levels, scale, num_pulses: as for ``encode_groups``; levels ascending, scale positive.
+        factor: U, float32 [D, D] on the CPU, upper.
+        found: what ``encode_groups`` returned; not modified.
+    """
+    rows, group_size = x.shape
+    pulses, codes, q = (tensor.clone() for tensor in found)
+    upper = factor.double().contiguous()
+    inverse = torch.linalg.solve_triangular(upper, torch.eye(group_size, dtype=torch.float64), upper=True)
+    metric = inverse @ inverse.T
+    x, inverse, levels, scale = x.contiguous(), inverse.contiguous(), levels.contiguous(), scale.contiguous()
+    _C.canonical_refine(
+        x.data_ptr(),
+        rows,
+        group_size,
+        num_pulses,
+        upper.data_ptr(),
+        inverse.data_ptr(),
+        metric.data_ptr(),
+        levels.data_ptr(),
+        len(levels),
+        scale.data_ptr(),
+        pulses.data_ptr(),
+        codes.data_ptr(),
+        q.data_ptr(),
+    )
+    return pulses, codes, q
+
+
 def decode_canonical(
     weight_packed: torch.Tensor,
     weight_levels: torch.Tensor,

@@ -8,7 +8,7 @@ import torch
 from offline_quant.canonical_quantizer import quantize_with_feedback
 from offline_quant.hessian import RotatedHessian
 from offline_quant.weight_quantizer import dequantize_rotated, quantize_weight
-from pvq_vllm.canonical_ops import encode_groups, fit_levels
+from pvq_vllm.canonical_ops import encode_groups, fit_levels, refine_groups
 from pvq_vllm.codec import canonical
 from pvq_vllm.codec.format import Codebook
 from pvq_vllm.codec.rotation import Rotation
@@ -43,8 +43,11 @@ def test_feedback_equals_the_plain_loop_over_groups(group, amplitude):
     working = torch.where(scale > 0, scale, 1.0)
     for first in range(0, width, group):
         last = first + group
-        _, _, found = encode_groups(q_input(work[:, first:last]), levels, working, 2 * group)
-        agree = (found == q[:, first:last]).all(dim=1)
+        target = q_input(work[:, first:last])
+        found = encode_groups(target, levels, working, 2 * group)
+        block = hessian.factor[first:last, first:last]
+        found = refine_groups(target, block, found, levels, working, 2 * group)
+        agree = (found[2] == q[:, first:last]).all(dim=1)
         assert agree.float().mean() > 0.9  # float32 against float64: a tie may fall otherwise
         chosen = q[:, first:last].double() * working[:, None].double()
         inverse = torch.linalg.inv(damped[first:, first:])
