@@ -66,7 +66,7 @@ def test_metrics_are_vllms_and_the_servers(served, client):
     text = served.get("/metrics")[1]
     assert 'pvq_server_requests_total{method="POST",route="/v1/completions",status="200"}' in text
     assert served.metric("pvq_server_ready") == served.metric("pvq_server_api_keys") == 1
-    assert served.metric("pvq_server_sequences") == 0 and served.metric("pvq_server_sequences_max") == 20
+    assert served.metric("pvq_server_sequences") == 0 and served.metric("pvq_server_sequences_max") == 16
 
 
 def test_log_lines_are_json_with_the_request_id(served, client):
