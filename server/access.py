@@ -13,6 +13,9 @@ from server.asgi import App, Message, Receive, Scope, Send, header, send_error
 logger = logging.getLogger("pvq.access")
 
 _SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+REFUSED = "pvq.refused"
+"""In a scope: the status of the answer that connection.py gave, and logged, because the rest of the request was late."""
+
 _QUIET = frozenset({"/health", "/ready", "/metrics"})
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
 
@@ -78,8 +81,10 @@ class RequestLog:
             scope["path"] if scope["path"] in _QUIET else "other"
         )
         method = scope["method"] if scope["method"] in _METHODS else "other"
+        refused = scope.get(REFUSED)
+        status = status or refused or 0
         metrics.REQUESTS.labels(method, route, str(status)).inc()
-        left = not complete and not ended
+        left = not complete and not ended and not refused
         if left:
             metrics.DISCONNECTED.inc()
         if route not in _QUIET:
@@ -87,7 +92,7 @@ class RequestLog:
             if first_byte_s:
                 metrics.FIRST_BYTE_SECONDS.labels(route).observe(first_byte_s)
         level = logging.DEBUG if route in _QUIET else logging.INFO
-        if self.enabled and logger.isEnabledFor(level):
+        if self.enabled and not refused and logger.isEnabledFor(level):
             client = scope.get("client") or ("", 0)
             facts = {
                 "request_id": request_id,

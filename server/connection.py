@@ -14,6 +14,7 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from server import metrics
+from server.access import REFUSED
 from server.asgi import error_body, header
 
 logger = logging.getLogger(
@@ -147,9 +148,11 @@ class Connection(HttpToolsProtocol):
         self.loop.call_later(self._limits.write_timeout_s, self.transport.abort)
 
     def _refuse(self, reason: str, status: int, message: str) -> None:
-        # A request whose body is late has its id from access.py, which logs its end under it.
-        cycle = None if self._in_head else self.cycle
-        known = header(cycle.scope, b"x-request-id") if cycle is not None else ""
+        # A request whose body is late has its id from access.py, which is told how it ended.
+        cycle, known = None if self._in_head else self.cycle, ""
+        if cycle is not None:
+            known = header(cycle.scope, b"x-request-id")
+            cycle.scope[REFUSED] = status
         request_id = known or uuid.uuid4().hex
         if self._log_refusals:
             client = self.client or ("", 0)

@@ -121,6 +121,24 @@ def test_a_refused_connection_has_an_id_and_a_line(start, caplog, sent, status, 
     assert line.getMessage() == f"127.0.0.1 {status} {reason} id={request_id}"
 
 
+def test_a_late_body_is_one_line_and_no_client_that_left(start, caplog):
+    def count(name, **labels):
+        return REGISTRY.get_sample_value(f"pvq_server_{name}_total", labels) or 0
+
+    labels = {"method": "POST", "route": "other", "status": "408"}
+    before, left = count("requests", **labels), count("disconnected")
+    server = start(body_timeout_s=0.3)
+    with caplog.at_level(logging.INFO, logger="pvq.access"), server.connect() as connection:
+        connection.sendall(b"POST / HTTP/1.1\r\nContent-Length: 5\r\n\r\n1")
+        assert status_and_code(read_all(connection)) == (408, "slow_body")
+        deadline = time.monotonic() + 10
+        while count("requests", **labels) == before and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert count("requests", **labels) == before + 1 and count("disconnected") == left
+        server.stop()  # what would come late has come then
+    assert len(caplog.records) == 1
+
+
 def test_no_line_for_a_refused_connection_without_the_access_log(start, caplog):
     server = start(header_timeout_s=0.3, access_log=False)
     with caplog.at_level(logging.INFO, logger="pvq.access"), server.connect() as connection:
