@@ -7,7 +7,7 @@ each row the scale that then fits best. With one, the codes come from ``error_fe
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -186,11 +186,8 @@ def stored_weight_snr(
 ) -> float:
     """Return 10 log10(|W|^2 / |dW|^2) of ``weight`` and the stored tensors, as ``quantize_weight`` gave it for its own."""
     energy = _Energy()
-    others = {name: tensor for name, tensor in tensors.items() if name == "weight_levels"}
-    for rows in torch.arange(len(weight)).split(max(1, _chunk_weights(weight.device) // weight.shape[1])):
-        part = {name: tensors[name][rows] for name in ("weight_packed", "weight_scale")}
+    for rows, restored in _dequantized_chunks(tensors, codebook, weight.shape[1], weight.device):
         rotated = rotate_rows(weight[rows].float(), rotation)
-        restored = dequantize_rotated({**others, **part}, codebook, weight.shape[1], weight.device)
         energy.add(rotated, rotated - restored, None)
     return energy.decibel(*energy.sums[:2])
 
@@ -241,13 +238,18 @@ def dequantize_weight(
     """Return the weight [m, n] that the stored tensors (on the CPU) stand for, bit for bit what
     ``quantize_weight(dequantize=True)`` returned on the same ``device``.
     """
-    chunks = []
+    chunks = _dequantized_chunks(tensors, codebook, in_features, device)
+    return torch.cat([unrotate_rows(rotated, rotation).to(dtype) for _, rotated in chunks])
+
+
+def _dequantized_chunks(
+    tensors: Mapping[str, torch.Tensor], codebook: Codebook, in_features: int, device: torch.device | str
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield ``dequantize_rotated`` of some rows after the other, with which rows they are."""
     others = {name: tensor for name, tensor in tensors.items() if name == "weight_levels"}
     # As many rows at a time as when they were quantized: a GPU's sums may depend on it.
     step = max(1, _chunk_weights(torch.device(device)) // in_features)
     for start in range(0, len(tensors["weight_scale"]), step):
         rows = slice(start, start + step)
         part = {name: tensors[name][rows] for name in ("weight_packed", "weight_scale")}
-        rotated = dequantize_rotated({**others, **part}, codebook, in_features, device)
-        chunks.append(unrotate_rows(rotated, rotation).to(dtype))
-    return torch.cat(chunks)
+        yield rows, dequantize_rotated({**others, **part}, codebook, in_features, device)
