@@ -5,7 +5,6 @@ Uvicorn itself waits without end for the rest of a head or body and for a client
 """
 
 import dataclasses
-import logging
 import socket
 import uuid
 from asyncio import TimerHandle, Transport
@@ -14,12 +13,8 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from server import metrics
-from server.access import REFUSED
+from server.access import REFUSED, logger
 from server.asgi import error_body, header
-
-logger = logging.getLogger(
-    "pvq.access"
-)  # whose other lines are in access.py, where these requests do not arrive
 
 _HEAD_BYTES = 64 * 1024
 _MIN_BYTES_PER_S = 1024
