@@ -98,9 +98,9 @@ def quantize(
     rotation: Annotated[
         str,
         typer.Option(
-            help="residual (folded into the weights, only down_proj's input online), online (over every "
-            "input's whole width), block:N (online, blocks of at most N) or none; auto: residual where the "
-            "model allows it, else online."
+            help="residual (folded into the weights, only down_proj's input online), residual:N (that one in "
+            "blocks of at most N), online (over every input's whole width), block:N (online, blocks of at most N) "
+            "or none; auto: residual where the model allows it, else online."
         ),
     ] = "online",
     seed: Annotated[int, typer.Option(help="Seed of the rotation.")] = 0,

@@ -21,7 +21,8 @@ CODEBOOK_OF_BITS = {
     "8": Codebook("int8"),
 }
 UNQUANTIZED = "16"
-ROTATIONS = ("auto", "residual", "online", "none")  # or block:N
+ROTATIONS = ("auto", "residual", "online", "none")
+ROTATIONS_IN_BLOCKS = ("block:N", "residual:N")  # what is rotated online, in blocks of at most N columns
 SMALLEST_BLOCK = 8
 # Linears whose input is split between the ranks of tensor parallelism, by the last part of their name in
 # Hugging Face models.
@@ -46,14 +47,15 @@ class Settings:
     """Everything that decides the bytes of the checkpoint, besides the model.
 
     ``overrides`` are (regular expression, value) pairs, searched in the module's name; the last one that
-    matches counts. ``lm_head_bits`` is 16, 8 or 4, ``embedding_bits`` 16 or 8. ``rotation`` is 'residual' (folded
-    into the weights offline, the MLP's inner rotation online), 'online' (over the whole input width of every
-    linear), 'block:N' (online, in blocks of at most N), 'none', or 'auto': residual for a model that allows
-    it, else online. ``calibration`` is what ``calibration_data.calibration_tokens`` takes: 'builtin', 'self'
-    or a path; None rounds to nearest. ``token_weights`` tells how much each token counts in a Hessian:
-    'gradient' (``gradients``) or 'uniform'; ``tune_epochs`` are the passes of ``tuning``. ``target_bpw`` is
-    the average rate of the decoder layers, reached by choosing one of ``rates`` for every module
-    (``rate_plan``); it then stands in the place of ``codebook``.
+    matches counts. ``lm_head_bits`` is 16, 8 or 4, ``embedding_bits`` 16 or 8. ``rotation`` is 'residual'
+    (folded into the weights offline, the MLP's inner rotation online), 'residual:N' (the inner one in blocks
+    of at most N), 'online' (over the whole input width of every linear), 'block:N' (online, in blocks of at
+    most N), 'none', or 'auto': residual for a model that allows it, else online. ``calibration`` is what
+    ``calibration_data.calibration_tokens`` takes: 'builtin', 'self' or a path; None rounds to nearest.
+    ``token_weights`` tells how much each token counts in a Hessian: 'gradient' (``gradients``) or 'uniform';
+    ``tune_epochs`` are the passes of ``tuning``. ``target_bpw`` is the average rate of the decoder layers,
+    reached by choosing one of ``rates`` for every module (``rate_plan``); it then stands in the place of
+    ``codebook``.
     """
 
     codebook: Codebook = CODEBOOK_OF_BITS["4"]
@@ -80,7 +82,7 @@ class Settings:
         _one_of("--embeddings", self.embedding_bits, (16, 8))
         parse_activation(self.activation, "--activation")
         if self.max_block is None:
-            _one_of("--rotation", self.rotation, (*ROTATIONS, "block:N"))
+            _one_of("--rotation", self.rotation, (*ROTATIONS, *ROTATIONS_IN_BLOCKS))
         elif self.max_block < SMALLEST_BLOCK:
             raise PVQError(f"--rotation {self.rotation}: a block must have at least {SMALLEST_BLOCK} columns")
         _one_of("--amplitude", self.amplitude, AMPLITUDES)
@@ -119,8 +121,8 @@ class Settings:
 
     @property
     def max_block(self) -> int | None:
-        """N of the rotation block:N, None for the others."""
-        match = re.fullmatch(r"block:([0-9]{1,5})", self.rotation)
+        """N of the rotations block:N and residual:N, None for the others."""
+        match = re.fullmatch(r"(?:block|residual):([0-9]{1,5})", self.rotation)
         return int(match[1]) if match else None
 
 

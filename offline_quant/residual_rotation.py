@@ -169,22 +169,23 @@ def rotated_source(
     source: ModelSource, rotation: str, seed: int, device: str = "cpu"
 ) -> tuple[ModelSource, str]:
     """Return the model in the coordinates in which ``plan.Settings.rotation`` wants it quantized, and that
-    rotation: folded (on ``device``) for 'residual', and for 'auto' if that is possible (else it becomes
-    'online'); otherwise ``source`` itself.
+    rotation: folded (on ``device``) for 'residual' and 'residual:N', and for 'auto' if that is possible (it
+    becomes 'residual', else 'online'); otherwise ``source`` itself.
 
     Raises:
         CannotFold: see ``FoldedSource.of``; not for 'auto'.
     """
-    if rotation not in ("auto", "residual"):
+    kind = rotation.partition(":")[0]
+    if kind not in ("auto", "residual"):
         return source, rotation
     try:
         folded = FoldedSource.of(source, hadamard_rotation, seed, rotate_heads=True)
     except CannotFold:
-        if rotation == "residual":
+        if kind == "residual":
             raise
         return source, "online"
     folded.device = device
-    return folded, "residual"
+    return folded, "residual" if kind == "auto" else rotation
 
 
 def _row_chunks(matrix: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -201,7 +201,9 @@ def _rows() -> list[Row]:
         label = f"PVQ {bits} bits, a rate for each module"
         rows.append(Row(f"pvq-{bits}", OURS, label, _project("--target-bpw", bits)))
     for bits in ("4", "3"):
-        for rotation in ("residual", "none", "block:64", "block:128", "block:256", "block:512"):
+        for rotation in (
+            "residual", "residual:128", "residual:512", "none", "block:64", "block:128", "block:256", "block:512"
+        ):  # fmt: skip
             make = _project("--bits", bits, "--rotation", rotation)
             key, label = f"pvq-{bits}-{rotation.replace(':', '')}", f"PVQ {bits} bits, --rotation {rotation}"
             rows.append(Row(key, VARIANT, label, make))
@@ -217,6 +219,9 @@ def _rows() -> list[Row]:
             key = f"pvq-{bits}-{activation.replace(':', '').replace(',', '-')}"
             label = f"PVQ {bits} bits, {activation} activations"
             rows.append(Row(key, NOT_WEIGHT_ONLY, label, _activations(activation, "--bits", bits)))
+        make = _activations("a8", "--bits", bits, "--rotation", "residual:128")
+        label = f"PVQ {bits} bits, --rotation residual:128, a8 activations"
+        rows.append(Row(f"pvq-{bits}-residual128-a8", NOT_WEIGHT_ONLY, label, make))
     return rows
 
 

@@ -43,6 +43,9 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("online", 1, 1, {128: [128], 192: [12, 16]}),
         ("none", 0, 0, {}),
         ("residual", 0, 1, {192: [12, 16]}),
+        ("residual:64", 0, 3, {64: [64]}),
+        ("residual:100", 0, 2, {96: [12, 8]}),
+        ("residual:512", 0, 1, {192: [12, 16]}),
         ("auto", 0, 1, {192: [12, 16]}),
         ("block:64", 2, 3, {64: [64]}),
         ("block:100", 2, 2, {64: [64], 96: [12, 8]}),
@@ -61,12 +64,34 @@ def test_ranks_of_tensor_parallelism_share_nothing_but_the_inner_rotation(tiny_l
     quantize(tiny_llama, tmp_path / "out", Settings(rotation="residual", tensor_parallel=2))
     blocks = blocks_of(tmp_path / "out")
     assert blocks["o_proj"] == 0 and blocks["down_proj"] == 2
+    quantize(tiny_llama, tmp_path / "inner", Settings(rotation="residual:64", tensor_parallel=2))
+    blocks = blocks_of(tmp_path / "inner")
+    assert blocks["o_proj"] == 0 and blocks["down_proj"] == 4  # three blocks of 64 do not split in two
     quantize(tiny_llama, tmp_path / "blocks", Settings(rotation="block:128", tensor_parallel=4))
     blocks = blocks_of(tmp_path / "blocks")
     assert blocks["q_proj"] == 1 and blocks["o_proj"] == blocks["down_proj"] == 4
 
 
-@pytest.mark.parametrize("rotation", ["sideways", "block:", "block:x", "block:4", "block:1000000"])
+def test_all_that_a_fused_model_rotates_online_is_in_blocks(tmp_path):
+    """Values inside a qkv_proj cannot be rotated head by head, so o_proj's input is rotated at run time too."""
+    from transformers import Phi3Config
+
+    sizes = dict(hidden_size=128, intermediate_size=192, num_hidden_layers=2, vocab_size=512, pad_token_id=0)
+    config = Phi3Config(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    quantize(tmp_path / "base", tmp_path / "out", Settings(rotation="residual:64"))
+    found = {"qkv_proj": 0, "o_proj": 2, "gate_up_proj": 0, "down_proj": 3, "lm_head": 0}
+    assert blocks_of(tmp_path / "out") == found
+
+
+@pytest.mark.parametrize("kind", ["block", "residual"])
+@pytest.mark.parametrize("width", ["", "x", "4", "-8", "1000000"])
+def test_blocks_of_no_width_are_refused(kind, width):
+    with pytest.raises(PVQError, match=f"^--rotation (is )?{kind}:{width}[:,] "):
+        Settings(rotation=f"{kind}:{width}")
+
+
+@pytest.mark.parametrize("rotation", ["sideways", "online:64", "auto:64"])
 def test_other_rotations_are_refused(rotation):
     with pytest.raises(PVQError, match=f"--rotation (is )?{rotation}"):
         Settings(rotation=rotation)
@@ -96,13 +121,14 @@ def dequantized_model(folder: Path, base: Path) -> torch.nn.Module:
     return model
 
 
+@pytest.mark.parametrize("rotation", ["residual", "residual:64"])
 @pytest.mark.parametrize("name", ["llama-tied", "qwen2", "qwen3"])
-def test_a_folded_checkpoint_computes_what_its_weights_say(tiny_model_folder, tmp_path, name):
+def test_a_folded_checkpoint_computes_what_its_weights_say(tiny_model_folder, tmp_path, name, rotation):
     """Three models in float32: the one that is served (16-bit activations), the same weights as plain
     matrices, and the base, which 8-bit weights come close to and a wrong fold does not.
     """
     base, folder = tiny_model_folder(name), tmp_path / "pvq"
-    settings = Settings(codebook=codebook_from_text("8", ""), rotation="residual", activation="a16")
+    settings = Settings(codebook=codebook_from_text("8", ""), rotation=rotation, activation="a16")
     quantize(base, folder, settings)
     with torch.inference_mode():
         served = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(IDS).logits
@@ -135,8 +161,9 @@ def test_an_interrupted_folded_run_resumes_to_the_same_bytes(tiny_model_folder, 
     quantize(model, tmp_path / "whole", settings)
     with pytest.raises(Killed):
         quantize(model, tmp_path / "out", settings, progress=killed)
-    with pytest.raises(PVQError, match="another rotation: repeat the options"):
-        quantize(model, tmp_path / "out", Settings(**{**vars(settings), "rotation": "online"}), resume=True)
+    for other in ("online", "residual:64"):
+        with pytest.raises(PVQError, match="another rotation: repeat the options"):
+            quantize(model, tmp_path / "out", Settings(**{**vars(settings), "rotation": other}), resume=True)
     quantize(model, tmp_path / "out", settings, resume=True)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
