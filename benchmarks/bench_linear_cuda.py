@@ -28,7 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from linear_contenders import MAKERS, Contender, Layer, make_layer, make_ours, relative_error
+from linear_contenders import MAKERS, Contender, Layer, is_rotation, make_layer, make_ours, relative_error
 from linear_report import OTHERS, report
 
 SHAPES = "4096x4096,6144x4096,28672x4096,4096x14336,8192x8192,57344x8192"
@@ -154,7 +154,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--rotations",
         default="online,residual",
-        help="online: of every input; residual: only of the MLPs' inner activations (default: %(default)s)",
+        help="online: of every input; residual: only of the MLPs' inner activations; block:N and residual:N: the same in "
+        "blocks of at most N columns (default: %(default)s)",
     )
     parser.add_argument("--without", default="", help="contenders to leave out: " + ", ".join(OTHERS))
     parser.add_argument("--replays", type=int, default=21, help="of each graph (default: %(default)s)")
@@ -173,6 +174,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--shapes: each is out_features x in_features, such as 4096x14336")
     options.codebooks, options.activations = options.codebooks.split(","), options.activations.split(",")
     options.rotations = options.rotations.split(",")
+    if unknown := [rotation for rotation in options.rotations if not is_rotation(rotation)]:
+        parser.error(
+            f"--rotations: unknown {', '.join(unknown)}; known are online, residual, block:N, residual:N"
+        )
     options.without = set(filter(None, options.without.split(",")))
     return options
 
@@ -185,7 +190,7 @@ def make_contenders(
     for rotation, codebook, activation in itertools.product(
         options.rotations, options.codebooks, options.activations
     ):
-        name = f"{codebook} {activation}" + (" residual" if rotation == "residual" else "")
+        name = f"{codebook} {activation}" + ("" if rotation == "online" else f" {rotation}")
         layers[name] = make_layer(codebook, activation, rotation, *shape)
         contenders[name] = make_ours(layers[name], shape[0])
     for other in OTHERS:

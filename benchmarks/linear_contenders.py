@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -64,13 +65,21 @@ class Layer(NamedTuple):
     row_scale: torch.Tensor
 
 
-def rotation_of(rotation: str, out_features: int, in_features: int) -> tuple[int, tuple[int, ...]]:
+def is_rotation(rotation: str) -> bool:
+    return re.fullmatch(r"online|residual|(block|residual):[0-9]+", rotation) is not None
+
+
+def rotation_of(rotation: str, out_features: int, in_features: int) -> tuple[int, list[int]]:
     """Blocks and factors: "online" rotates every input, "residual" only what cannot be folded into weights, the inner
-    activation of an MLP, whose layer has more columns than rows.
+    activation of an MLP, whose layer has more columns than rows. "block:N" and "residual:N" do so in blocks of at most N columns.
+
+    Raises:
+        PVQError: no such blocks divide the input.
     """
-    if rotation == "residual" and in_features <= out_features:
-        return 0, ()
-    return rotation_layout(in_features)
+    kind, _, width = rotation.partition(":")
+    if kind == "residual" and in_features <= out_features:
+        return 0, []
+    return rotation_layout(in_features, 1, int(width) if width else None)
 
 
 def make_layer(codebook: str, activation: str, rotation: str, out_features: int, in_features: int) -> Layer:
