@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from offline_quant.device import choose_device
-from offline_quant.plan import Settings, codebook_from_text
+from offline_quant.plan import DEFAULT_ROTATION, Settings, codebook_from_text
 from offline_quant.quantize_checkpoint import quantize_checkpoint
 
 SHAPE = dict(
@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--bits", default="4", help="2, 3, 4, 8 or D,K,b")
     parser.add_argument("--target-bpw", type=float)
-    parser.add_argument("--rotation", default="auto")
+    parser.add_argument("--rotation", default=DEFAULT_ROTATION)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path)
     parser.add_argument(

@@ -98,11 +98,11 @@ def quantize(
     rotation: Annotated[
         str,
         typer.Option(
-            help="residual (folded into the weights, only down_proj's input online), residual:N (that one in "
-            "blocks of at most N), online (over every input's whole width), block:N (online, blocks of at most N) "
-            "or none; auto: residual where the model allows it, else online."
+            help="block:N (every input at run time, in blocks of at most N columns), online (over its whole width), "
+            "residual (folded into the weights, only down_proj's input at run time), residual:N (that one in blocks "
+            "of at most N) or none; auto: residual:128 where the model allows it, else block:128."
         ),
-    ] = "online",
+    ] = "block:128",
     seed: Annotated[int, typer.Option(help="Seed of the rotation.")] = 0,
     tensor_parallel: Annotated[
         int,

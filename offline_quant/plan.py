@@ -23,6 +23,7 @@ CODEBOOK_OF_BITS = {
 UNQUANTIZED = "16"
 ROTATIONS = ("auto", "residual", "online", "none")
 ROTATIONS_IN_BLOCKS = ("block:N", "residual:N")  # what is rotated online, in blocks of at most N columns
+DEFAULT_ROTATION = "block:128"  # as good as the whole width, and a GPU rotates it while it quantizes (docs/quantizer.md)
 SMALLEST_BLOCK = 8
 # Linears whose input is split between the ranks of tensor parallelism, by the last part of their name in
 # Hugging Face models.
@@ -50,7 +51,7 @@ class Settings:
     matches counts. ``lm_head_bits`` is 16, 8 or 4, ``embedding_bits`` 16 or 8. ``rotation`` is 'residual'
     (folded into the weights offline, the MLP's inner rotation online), 'residual:N' (the inner one in blocks
     of at most N), 'online' (over the whole input width of every linear), 'block:N' (online, in blocks of at
-    most N), 'none', or 'auto': residual for a model that allows it, else online. ``calibration`` is what
+    most N), 'none', or 'auto': 'residual:128' for a model that allows it, else the default. ``calibration`` is what
     ``calibration_data.calibration_tokens`` takes: 'builtin', 'self' or a path; None rounds to nearest.
     ``token_weights`` tells how much each token counts in a Hessian: 'gradient' (``gradients``) or 'uniform';
     ``tune_epochs`` are the passes of ``tuning``. ``target_bpw`` is the average rate of the decoder layers,
@@ -63,7 +64,7 @@ class Settings:
     lm_head_bits: int = 8
     embedding_bits: int = 16
     activation: str = "a8"
-    rotation: str = "online"
+    rotation: str = DEFAULT_ROTATION
     seed: int = 0
     tensor_parallel: int = 1
     calibration: str | None = None

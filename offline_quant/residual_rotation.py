@@ -170,7 +170,7 @@ def rotated_source(
 ) -> tuple[ModelSource, str]:
     """Return the model in the coordinates in which ``plan.Settings.rotation`` wants it quantized, and that
     rotation: folded (on ``device``) for 'residual' and 'residual:N', and for 'auto' if that is possible (it
-    becomes 'residual', else 'online'); otherwise ``source`` itself.
+    becomes 'residual:128', else 'block:128'); otherwise ``source`` itself.
 
     Raises:
         CannotFold: see ``FoldedSource.of``; not for 'auto'.
@@ -183,9 +183,9 @@ def rotated_source(
     except CannotFold:
         if kind == "residual":
             raise
-        return source, "online"
+        return source, "block:128"
     folded.device = device
-    return folded, "residual" if kind == "auto" else rotation
+    return folded, "residual:128" if kind == "auto" else rotation
 
 
 def _row_chunks(matrix: torch.Tensor) -> Iterator[torch.Tensor]:

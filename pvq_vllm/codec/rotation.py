@@ -16,6 +16,7 @@ import torch
 from pvq_vllm.codec.errors import PVQError
 
 MAX_DENSE_ORDER = 512  # beyond it a dense factor costs more than the product it prepares
+SMALLEST_POWER = 32  # of blocks that are to be a power of two wide
 
 
 def _is_prime(n: int) -> bool:
@@ -63,11 +64,19 @@ def hadamard_factors(width: int) -> list[int]:
 def rotation_layout(in_features: int, splits: int = 1, max_width: int | None = None) -> tuple[int, list[int]]:
     """Fewest equal blocks, a multiple of `splits`, whose width (at most `max_width`) has a Hadamard matrix of order 8 or more.
 
+    With `max_width`, the width is a power of two where one of SMALLEST_POWER or more divides: small blocks are for speed, and
+    dense factors take most of the time.
+
     Returns:
         (rotation_blocks, factors of one block).
     Raises:
         PVQError: nothing divides; names the width.
     """
+    if max_width is not None and in_features % splits == 0:
+        part = in_features // splits
+        power = min(part & -part, 1 << (max_width.bit_length() - 1))
+        if power >= min(SMALLEST_POWER, max_width):
+            return in_features // power, [power]
     for blocks in range(splits, in_features // 8 + 1, splits):
         if in_features % blocks == 0 and (max_width is None or in_features // blocks <= max_width):
             try:

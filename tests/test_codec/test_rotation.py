@@ -91,6 +91,10 @@ def test_signs_are_splitmix64_and_slices_agree():
 def test_layout_falls_back_to_blocks_and_names_what_it_cannot_split():
     assert rotation_layout(11008) == (43, [256])
     assert rotation_layout(1536, splits=2) == (2, [12, 64])
+    assert rotation_layout(14336, max_width=128) == (112, [128])
+    assert rotation_layout(960, max_width=128) == (15, [64])  # not 8 of 120 = 60 * 2
+    assert rotation_layout(1536, splits=8, max_width=256) == (24, [64])
+    assert rotation_layout(144, max_width=128) == (2, [36, 2])  # 16 would be too narrow
     with pytest.raises(PVQError, match="in_features 12 "):
         rotation_layout(12, splits=2)
     with pytest.raises(PVQError, match="order 92"):

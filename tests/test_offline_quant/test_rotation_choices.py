@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import pvq_vllm.hf_quantizer  # noqa: F401  registers "pvq" with transformers
 from offline_quant.calibration import LayerwiseForward
 from offline_quant.model_source import ModelSource
-from offline_quant.plan import Settings, codebook_from_text
+from offline_quant.plan import DEFAULT_ROTATION, Settings, codebook_from_text
 from offline_quant.quantize_checkpoint import quantize_checkpoint as quantize
 from offline_quant.residual_rotation import CannotFold, FoldedSource, hadamard_rotation, rotated_source
 from offline_quant.weight_quantizer import dequantize_weight
@@ -44,16 +44,17 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("none", 0, 0, {}),
         ("residual", 0, 1, {192: [12, 16]}),
         ("residual:64", 0, 3, {64: [64]}),
-        ("residual:100", 0, 2, {96: [12, 8]}),
-        ("residual:512", 0, 1, {192: [12, 16]}),
-        ("auto", 0, 1, {192: [12, 16]}),
+        ("residual:100", 0, 3, {64: [64]}),
+        ("residual:512", 0, 3, {64: [64]}),
+        ("auto", 0, 3, {64: [64]}),
         ("block:64", 2, 3, {64: [64]}),
-        ("block:100", 2, 2, {64: [64], 96: [12, 8]}),
+        ("block:100", 2, 3, {64: [64]}),
+        (DEFAULT_ROTATION, 1, 3, {128: [128], 64: [64]}),
     ],
 )
 def test_what_is_rotated_at_run_time(tiny_llama, tmp_path, rotation, others, down, factors):
     report = quantize(tiny_llama, tmp_path / "out", Settings(rotation=rotation))
-    assert report["rotation"] == {"auto": "residual"}.get(rotation, rotation)
+    assert report["rotation"] == {"auto": "residual:128"}.get(rotation, rotation)
     assert f"--rotation {report['rotation']} " in report["command"]
     blocks = blocks_of(tmp_path / "out")
     assert {blocks[name] for name in ONLINE_OR_NOT} == {others} and blocks["down_proj"] == down
@@ -66,7 +67,7 @@ def test_ranks_of_tensor_parallelism_share_nothing_but_the_inner_rotation(tiny_l
     assert blocks["o_proj"] == 0 and blocks["down_proj"] == 2
     quantize(tiny_llama, tmp_path / "inner", Settings(rotation="residual:64", tensor_parallel=2))
     blocks = blocks_of(tmp_path / "inner")
-    assert blocks["o_proj"] == 0 and blocks["down_proj"] == 4  # three blocks of 64 do not split in two
+    assert blocks["o_proj"] == 0 and blocks["down_proj"] == 6  # of 32: three of 64 do not split in two
     quantize(tiny_llama, tmp_path / "blocks", Settings(rotation="block:128", tensor_parallel=4))
     blocks = blocks_of(tmp_path / "blocks")
     assert blocks["q_proj"] == 1 and blocks["o_proj"] == blocks["down_proj"] == 4
@@ -205,10 +206,10 @@ def test_auto_is_online_where_the_stream_cannot_be_rotated(tmp_path):
     config = Starcoder2Config(**sizes, num_attention_heads=4, num_key_value_heads=2)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
     source = ModelSource.open(tmp_path / "base")
-    assert rotated_source(source, "auto", 0) == (source, "online")
+    assert rotated_source(source, "auto", 0) == (source, "block:128")
     with pytest.raises(CannotFold, match="use --rotation online"):
         quantize(tmp_path / "base", tmp_path / "out", Settings(rotation="residual"))
     assert {path.name for path in tmp_path.iterdir()} == {"base"}
     quantize(tmp_path / "base", tmp_path / "auto", Settings(rotation="auto"))
-    quantize(tmp_path / "base", tmp_path / "online", Settings(rotation="online"))
-    assert contents(tmp_path / "auto") == contents(tmp_path / "online")
+    quantize(tmp_path / "base", tmp_path / "default", Settings())
+    assert contents(tmp_path / "auto") == contents(tmp_path / "default")
