@@ -41,12 +41,13 @@ Activations activations_of(const CudaPlan& plan, const Workspace& w, const Call&
           call.num_tokens,
           num_chunks(plan.in_features),
           w.padded_columns,
-          plan.num_planes};
+          plan.num_planes,
+          plan.projection.group_size == 0 && (plan.rotation.num_factors == 0 || rotates_in_warps(plan.rotation))};
 }
 
-void make_activations(const Tokens& tokens, const Activations& out, cudaStream_t stream) {
+void make_activations(const Tokens& tokens, const Activations& out, bool waits_last, cudaStream_t stream) {
   if (tokens.projection.group_size > 0) return project_tokens(tokens, out, stream);
-  rotate_quantize(tokens, out, stream);
+  rotate_quantize(tokens, out, waits_last, stream);
 }
 
 // Of a segment.
@@ -62,8 +63,9 @@ Workspace workspace_of(const CudaPlan& plan, std::int64_t num_tokens, Choice cho
 }
 
 void multiply(Choice chosen, const Activations& a, const Weight& weight, const Output& output, const Scratch& scratch,
-              std::uint8_t* expanded, cudaStream_t stream) {
-  if (takes_prefill(chosen, weight.rows, a.num_columns())) return prefill(a, weight, output, expanded, stream);
+              std::uint8_t* expanded, bool first_is_expanded, cudaStream_t stream) {
+  if (takes_prefill(chosen, weight.rows, a.num_columns()))
+    return prefill(a, weight, output, expanded, first_is_expanded, stream);
   const bool hopper = device_properties().has_wgmma, any = chosen == Choice::kAuto;
   if ((any || chosen == Choice::kFew) && a.num_columns() <= kMaxFewColumns && few_columns(a, weight, output, scratch, stream))
     return;
@@ -107,16 +109,18 @@ void linear(const CudaPlan& plan, const Constants& constants, const Call& call) 
                         call.bias == nullptr ? nullptr : static_cast<const char*>(call.bias) + offset, call.dtype,
                         plan.out_features};
     if (alone && quantize_and_multiply(tokens, weight, output, scratch, call.stream)) return;
-    if (!quantized) make_activations(tokens, a, call.stream);
+    const bool expands_first = !quantized && takes_prefill(chosen, segment.rows, a.num_columns());
+    if (expands_first) expand_first(weight, expanded, call.stream);
+    if (!quantized) make_activations(tokens, a, expands_first, call.stream);
     quantized = true;
-    multiply(chosen, a, weight, output, scratch, expanded, call.stream);
+    multiply(chosen, a, weight, output, scratch, expanded, expands_first, call.stream);
   }
 }
 
 void quantize_activations(const CudaPlan& plan, const Constants& constants, const Call& call) {
   if (call.num_tokens <= 0) return;
   const Workspace w = plan.workspace(call.num_tokens);
-  make_activations(tokens_of(plan, constants, call), activations_of(plan, w, call), call.stream);
+  make_activations(tokens_of(plan, constants, call), activations_of(plan, w, call), false, call.stream);
 }
 
 DeviceScope::DeviceScope(int device) {

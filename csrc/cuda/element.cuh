@@ -53,25 +53,27 @@ struct QuantizedQuad {  // four activations of the high (or only) and of the low
   std::uint32_t high, low;
 };
 
-// The lowest bytes of four words.
-__device__ __forceinline__ std::uint32_t low_bytes(std::int32_t a, std::int32_t b, std::int32_t c, std::int32_t d) {
-  return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
+// Byte `byte` of four words.
+__device__ __forceinline__ std::uint32_t join_bytes(const std::uint32_t (&word)[4], std::uint32_t byte) {
+  const std::uint32_t pair = byte | (byte + 4) << 4;
+  return __byte_perm(__byte_perm(word[0], word[1], pair), __byte_perm(word[2], word[3], pair), 0x5410);
 }
 
+// 1.5 * 2^23 plus a number below 2^22 is rounded to an integer, ties to even, as rint would; its lowest bits are that integer.
+// (An addition where a conversion runs at a quarter of the speed.)
 __device__ __forceinline__ QuantizedQuad quantize_quad(const float* from, const TokenScale& scale, int num_planes) {
-  std::int32_t a[4];
+  std::uint32_t a[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) a[i] = scale.zero ? 0 : __float2int_rn(__fmul_rn(from[i], scale.inverse));
+  for (int i = 0; i < 4; ++i) a[i] = __float_as_uint(__fadd_rn(__fmul_rn(from[i], scale.inverse), 0x1.8p23f));
   QuantizedQuad words{0, 0};
-  if (num_planes == 2) {
-    std::int32_t high[4];
+  if (scale.zero) return words;
+  words.high = join_bytes(a, 0);
+  if (num_planes == 2) {  // e = 256 high + low
+    words.low = words.high;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) high[i] = (a[i] + 128) >> 8;
-    words.low = low_bytes(a[0], a[1], a[2], a[3]);  // a - 256 high, mod 256
-#pragma unroll
-    for (int i = 0; i < 4; ++i) a[i] = high[i];
+    for (int i = 0; i < 4; ++i) a[i] += 128;
+    words.high = join_bytes(a, 1);
   }
-  words.high = low_bytes(a[0], a[1], a[2], a[3]);
   return words;
 }
 

@@ -99,28 +99,29 @@ __global__ void __launch_bounds__(kThreads, kBlocks) expand_kernel(const Paramet
 }
 
 template <CodebookId kId>
-void start(const Parameters& p, cudaStream_t stream) {
-  const int most = device_properties().num_sms * kBlocks, wanted = (p.tiles_by_chunks + kWarps - 1) / kWarps;
+void start(const Parameters& p, bool leaves_room, cudaStream_t stream) {
+  const int most = device_properties().num_sms * (kBlocks - (leaves_room ? 1 : 0)),
+            wanted = (p.tiles_by_chunks + kWarps - 1) / kWarps;
   launch(expand_kernel<kId>, dim3(static_cast<unsigned>(std::min(most, wanted))), dim3(kThreads),
          static_cast<std::size_t>(shared_bytes(kId)), stream, p);
 }
 
 }  // namespace
 
-void expand(const Weight& weight, std::uint8_t* expanded, cudaStream_t stream) {
+void expand(const Weight& weight, std::uint8_t* expanded, bool leaves_room, cudaStream_t stream) {
   if (weight.rows <= 0) return;
   const std::int64_t tiles = padded_rows(weight.rows) / kTileRows;
   const Parameters p{weight.data, weight.table, expanded, static_cast<std::int32_t>(tiles * weight.num_chunks),
                      static_cast<std::int32_t>(weight.num_chunks)};
   switch (weight.codebook) {
     case CodebookId::kPvq2:
-      return start<CodebookId::kPvq2>(p, stream);
+      return start<CodebookId::kPvq2>(p, leaves_room, stream);
     case CodebookId::kPvq3:
-      return start<CodebookId::kPvq3>(p, stream);
+      return start<CodebookId::kPvq3>(p, leaves_room, stream);
     case CodebookId::kPvq4:
-      return start<CodebookId::kPvq4>(p, stream);
+      return start<CodebookId::kPvq4>(p, leaves_room, stream);
     case CodebookId::kInt8:
-      return start<CodebookId::kInt8>(p, stream);
+      return start<CodebookId::kInt8>(p, leaves_room, stream);
   }
   throw std::runtime_error("expand: unknown codebook");
 }

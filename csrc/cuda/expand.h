@@ -22,7 +22,7 @@ constexpr std::int64_t expanded_bytes(std::int64_t rows, std::int64_t chunks) {
   return expanded_rows(rows, chunks) * chunks * kChunkColumns;
 }
 
-// All rows of `weight`. `expanded` is aligned to 16 bytes.
-void expand(const Weight& weight, std::uint8_t* expanded, cudaStream_t stream);
+// All rows of `weight`. `expanded` is aligned to 16 bytes. leaves_room: for blocks of the next kernel on every multiprocessor.
+void expand(const Weight& weight, std::uint8_t* expanded, bool leaves_room, cudaStream_t stream);
 
 }  // namespace pvq::cuda

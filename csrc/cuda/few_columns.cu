@@ -6,8 +6,8 @@
 // added in any order. What does not need the activations is done before they
 // exist, that is before the kernel that makes them has ended (programmatic dependence): the first chunks are on their way to
 // registers, and the very first is decoded. A single token that needs no rotation is
-// quantized here, by every block for itself; with more tokens a kernel in front of this one, which overlaps with its prologue, is
-// faster.
+// quantized here, by every block for itself; with more tokens, or a rotation, a kernel in front of this one, which overlaps with
+// its prologue, is faster.
 #include <algorithm>
 
 #include "column_sums.cuh"
@@ -22,6 +22,7 @@ namespace {
 
 constexpr int kPrefetch = 2;  // chunks of a warp on their way to registers
 constexpr int kMaxSplits = 8;
+constexpr int kManyChunks = 32;
 
 // Either way 16384 registers are left, for a block of the kernel that quantizes the activations.
 constexpr bool wants_registers(CodebookId id, int column_tiles) { return column_tiles > 2 || id == CodebookId::kInt8; }
@@ -38,6 +39,7 @@ struct Parameters {
   int num_tiles, tiles_per_block, chunks_per_split;
   int num_columns, stored_columns;  // stored: of a chunk in shared memory, 1, 2, 4 or a multiple of 8
   int sum_stride;                   // words from one column's sums to the next one's
+  int token_offset;                 // fused: of the token in shared memory, in bytes from its quantized columns
 };
 
 using Facts = ColumnFacts<kMaxFewColumns>;
@@ -72,32 +74,52 @@ __device__ __forceinline__ void copy_columns(const Parameters& p, int first_chun
     copy_async_16(to + 16 * i, from + 16 * static_cast<std::int64_t>(i + (skipped == 0 ? 0 : (i >> shift) * skipped)));
 }
 
+// The token to shared memory, as it is in global memory.
+__device__ __forceinline__ void copy_token(const Parameters& p, char* to, int num_threads) {
+  const int units = static_cast<int>(p.tokens.in_features) / (p.tokens.dtype == DType::kFloat32 ? 4 : 8);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < units; i += num_threads)
+    copy_async_16(to + 16 * i, static_cast<const char*>(p.tokens.x) + 16 * static_cast<std::int64_t>(i));
+}
+
 // Quantize the token; the split's chunks go to shared memory as copy_columns would put them.
-template <DType kType, int kThreads>
-__device__ __noinline__ void quantize_token(const Parameters& p, int first_chunk, int num_chunks, char* activations, Facts& facts,
-                                            std::uint32_t* warp_largest) {
+template <int kThreads>
+__device__ __forceinline__ void quantize_token(const Parameters& p, int first_chunk, int num_chunks, char* activations,
+                                               Facts& facts, std::uint32_t* warp_largest) {
   const int num_planes = p.tokens.num_planes, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int groups = static_cast<int>(p.tokens.in_features) / 8, padded_groups = static_cast<int>(p.weight.num_chunks) * 16;
-  const Element<kType>* x = static_cast<const Element<kType>*>(p.tokens.x);
-  std::uint32_t largest = __reduce_max_sync(0xffffffffu, largest_magnitude<kType>(x, groups, threadIdx.x, kThreads));
+  const DType dtype = p.tokens.dtype;
+  const char* token = activations + p.token_offset;
+  const auto read = [token, dtype](int group, float (&v)[8]) {
+    if (dtype == DType::kBFloat16)
+      widen_eight<DType::kBFloat16>(reinterpret_cast<const std::uint16_t*>(token) + 8 * group, v);
+    else if (dtype == DType::kFloat16)
+      widen_eight<DType::kFloat16>(reinterpret_cast<const std::uint16_t*>(token) + 8 * group, v);
+    else
+      widen_eight<DType::kFloat32>(reinterpret_cast<const float*>(token) + 8 * group, v);
+  };
+  std::uint32_t largest = largest_magnitude<false, kThreads>(groups, RotatedColumns{}, read);
+  largest = __reduce_max_sync(0xffffffffu, largest);
   if (lane == 0) warp_largest[warp] = largest;
   if (threadIdx.x < 2) facts.sums[threadIdx.x] = 0;
   __syncthreads();
   largest = __reduce_max_sync(0xffffffffu, lane < kThreads / 32 ? warp_largest[lane] : 0u);
   const TokenScale scale(largest, num_planes, p.tokens.scale_constant);
   std::int32_t sums[2] = {};
-  quantize_groups<kType>(x, groups, padded_groups, threadIdx.x, kThreads, scale, num_planes, sums,
-                         [&](int plane, int group, std::uint32_t low, std::uint32_t high) {
-                           const int chunk = (group >> 4) - first_chunk;
-                           if (chunk < 0 || chunk >= num_chunks) return;
-                           const int unit = (group >> 1 & 6) ^ plane;
-                           char* to = activations + (chunk * p.stored_columns + plane) * kChunkColumns + 4 * (group & 3);
-                           *reinterpret_cast<std::uint32_t*>(to + 16 * unit) = low;
-                           *reinterpret_cast<std::uint32_t*>(to + 16 * (unit ^ 1)) = high;
-                         });
-  for (int plane = 0; plane < num_planes; ++plane) {
+  quantize_columns<false, kThreads>(groups, padded_groups, RotatedColumns{}, read, scale, num_planes, sums,
+                                    [&](int plane, int group, std::uint32_t low, std::uint32_t high) {
+                                      const int chunk = (group >> 4) - first_chunk;
+                                      if (chunk < 0 || chunk >= num_chunks) return;
+                                      const int unit = (group >> 1 & 6) ^ plane;
+                                      char* to =
+                                          activations + (chunk * p.stored_columns + plane) * kChunkColumns + 4 * (group & 3);
+                                      *reinterpret_cast<std::uint32_t*>(to + 16 * unit) = low;
+                                      *reinterpret_cast<std::uint32_t*>(to + 16 * (unit ^ 1)) = high;
+                                    });
+#pragma unroll
+  for (int plane = 0; plane < 2; ++plane) {
     const std::int32_t sum = __reduce_add_sync(0xffffffffu, sums[plane]);
-    if (lane == 0) atomicAdd(&facts.sums[plane], sum);
+    if (lane == 0 && plane < num_planes) atomicAdd(&facts.sums[plane], sum);
   }
   if (threadIdx.x == 0) facts.scales[0] = scale.token_scale;
 }
@@ -173,14 +195,19 @@ __global__ void __launch_bounds__(register_bound(kId, kColumnTiles), 1) few_colu
   for (int i = threadIdx.x; i < num_sums; i += kThreads) sums[i] = 0;
   launch_dependents();
 
-  if constexpr (!kFused) {
+  if constexpr (kFused) {  // the token comes while the first chunk is decoded
+    wait_for_dependencies();
+    copy_token(p, activations + p.token_offset, kThreads);
+    copy_async_commit();
+    copy_async_wait<1>();
+  } else {
     copy_async_wait<0>();
-    __syncthreads();
   }
+  __syncthreads();
   const Tables tables{table_address, base};
   std::int32_t tile_sums[kColumnTiles][4] = {};
   std::uint32_t first_fragments[kSteps][4];
-  constexpr bool kDecodeFirst = !kFused && kId != CodebookId::kInt8;
+  constexpr bool kDecodeFirst = kId != CodebookId::kInt8;
   if constexpr (kDecodeFirst) {
     if (left > 0) {
 #pragma unroll
@@ -188,16 +215,12 @@ __global__ void __launch_bounds__(register_bound(kId, kColumnTiles), 1) few_colu
     }
     ahead.load(buffer[0], lane, num_chunks, skipped_bytes);
   }
-  wait_for_dependencies();
   if constexpr (kFused) {
-    if (p.tokens.dtype == DType::kBFloat16)
-      quantize_token<DType::kBFloat16, kThreads>(p, first_chunk, num_chunks, activations, facts, warp_largest);
-    else if (p.tokens.dtype == DType::kFloat16)
-      quantize_token<DType::kFloat16, kThreads>(p, first_chunk, num_chunks, activations, facts, warp_largest);
-    else
-      quantize_token<DType::kFloat32, kThreads>(p, first_chunk, num_chunks, activations, facts, warp_largest);
     copy_async_wait<0>();
+    __syncthreads();
+    quantize_token<kThreads>(p, first_chunk, num_chunks, activations, facts, warp_largest);
   } else {
+    wait_for_dependencies();
     copy_columns(p, first_chunk, num_chunks, activations, kThreads);
     copy_async_commit();
     if (threadIdx.x < p.num_columns) facts.sums[threadIdx.x] = __ldcg(p.a.sums + threadIdx.x);
@@ -288,6 +311,7 @@ template <CodebookId kId, int kColumnTiles, bool kFused, bool kInTurn>
 bool run(Parameters& p, cudaStream_t stream) {
   const DeviceProperties& device = device_properties();
   const std::int64_t tiles = (p.weight.rows + kTileRows - 1) / kTileRows, chunks = p.weight.num_chunks, columns = p.num_columns;
+  const std::int64_t token_bytes = kFused ? p.tokens.in_features * (p.tokens.dtype == DType::kFloat32 ? 4 : 2) : 0;
   const std::int64_t first_splits =
       std::clamp<std::int64_t>(device.num_sms / tiles, 1, std::min<std::int64_t>(kMaxSplits, chunks));
   for (std::int64_t chunks_here = (chunks + first_splits - 1) / first_splits; chunks_here > 0; --chunks_here) {
@@ -302,7 +326,7 @@ bool run(Parameters& p, cudaStream_t stream) {
       const std::int64_t sum_bytes = 4 * (columns * sum_stride + tiles_here * kTileRows);
       const std::int64_t read_past = kColumnTiles == 4 ? 32 - p.stored_columns : 0;  // columns of the last chunk
       const std::int64_t total = round_up(kMaxSharedBase + kGainTableBytes + sum_bytes, kTableAlignment) + table_bytes(kId) +
-                                 (chunks_here * p.stored_columns + read_past) * kChunkColumns;
+                                 (chunks_here * p.stored_columns + read_past) * kChunkColumns + token_bytes;
       const bool fits = total + kMaxSharedBase <= device.max_shared_bytes;
       if (!fits && sum_bytes > 24 * 1024 && tiles_here > 1) continue;
       if (!fits) break;
@@ -312,6 +336,7 @@ bool run(Parameters& p, cudaStream_t stream) {
       p.tiles_per_block = static_cast<int>(tiles_here);
       p.chunks_per_split = static_cast<int>(chunks_here);
       p.sum_stride = static_cast<int>(sum_stride);
+      p.token_offset = static_cast<int>(chunks_here * p.stored_columns * kChunkColumns);
       const bool overlap = kFused || starts_early(p.a, blocks * splits);
       launch_overlapping(overlap, few_columns_kernel<kId, kColumnTiles, kFused, kInTurn>,
                          dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(splits)), dim3(num_threads(kId, kColumnTiles)),
@@ -324,7 +349,11 @@ bool run(Parameters& p, cudaStream_t stream) {
 
 template <CodebookId kId, bool kFused>
 bool run_columns(Parameters& p, cudaStream_t stream) {
-  if (p.num_columns <= 2) return run<kId, 1, kFused, true>(p, stream);
+  // Chunks of a warp: only where they are many does memory count for more than adding the sums of every tile.
+  const std::int64_t tiles = (p.weight.rows + kTileRows - 1) / kTileRows, num_sms = device_properties().num_sms,
+                     chunks = (tiles + num_sms - 1) / num_sms * p.weight.num_chunks / (num_threads(kId, 1) / 32);
+  if (p.num_columns <= 2 && chunks > kManyChunks) return run<kId, 1, kFused, true>(p, stream);
+  if constexpr (kFused) return run<kId, 1, kFused, false>(p, stream);
   if constexpr (!kFused) {
     if (p.num_columns <= 8) return run<kId, 1, kFused, false>(p, stream);
     if (p.num_columns <= 16) return run<kId, 2, kFused, false>(p, stream);
@@ -360,7 +389,7 @@ bool quantize_and_multiply(const Tokens& tokens, const Weight& weight, const Out
   p.weight = weight;
   p.output = output;
   p.scratch = scratch;
-  return run_codebook<true>(p, tokens.num_tokens * tokens.num_planes, stream);
+  return run_codebook<true>(p, tokens.num_planes, stream);
 }
 
 bool few_columns(const Activations& a, const Weight& weight, const Output& output, const Scratch& scratch, cudaStream_t stream) {

@@ -35,6 +35,12 @@ inline int largest_dense_order(const Rotation& rotation) {
   return largest;
 }
 
+// One in blocks of a power of two columns that a warp holds, eight a lane.
+inline bool rotates_in_warps(const Rotation& rotation) {
+  const int width = rotation.factors[0];
+  return rotation.num_factors == 1 && (width & (width - 1)) == 0 && width >= 8 && width <= 256;
+}
+
 struct Tokens {   // the input of one call
   const void* x;  // [num_tokens, in_features]
   DType dtype;
@@ -51,6 +57,7 @@ struct Activations {   // quantized (layout.h)
   float* token_scale;  // [num_tokens]
   std::int64_t num_tokens, num_chunks, padded_columns;
   int num_planes;
+  bool made_quickly;  // by quantize()
   constexpr std::int64_t num_columns() const { return num_tokens * num_planes; }
 };
 
@@ -83,10 +90,12 @@ constexpr int kMaxFewColumns = 32;
 // codes as pairs of words (weights 0-3, 4-7). Empty for int8.
 std::vector<std::uint32_t> device_table(CodebookId id);
 
-// Rotate and quantize tokens (format.md §5, §6).
-void rotate_quantize(const Tokens& tokens, const Activations& out, cudaStream_t stream);
-// Its versions for tokens that need no rotation, and for few tokens; the latter false if there is none for these.
-void quantize(const Tokens& tokens, const Activations& out, cudaStream_t stream);
+// Rotate and quantize tokens (format.md §5, §6). waits_last: the kernel in front is one that needs no tokens, has itself waited
+// for those before it, and may still run while the tokens are being quantized; what comes next finds both done.
+void rotate_quantize(const Tokens& tokens, const Activations& out, bool waits_last, cudaStream_t stream);
+// Its versions for tokens that need no rotation or one in small blocks (rotates_in_warps), and for few tokens; the latter false
+// if there is none for these.
+void quantize(const Tokens& tokens, const Activations& out, bool waits_last, cudaStream_t stream);
 bool rotate_in_clusters(const Tokens& tokens, const Activations& out, cudaStream_t stream);
 
 // Rotate, project onto tokens.projection and quantize (format.md §5, §6).
@@ -96,7 +105,7 @@ void project_tokens(const Tokens& tokens, const Activations& out, cudaStream_t s
 bool quantize_and_multiply(const Tokens& tokens, const Weight& weight, const Output& output, const Scratch& scratch,
                            cudaStream_t stream);
 
-// Whether a product should start while its activations are being quantized. Not where the quantizer of wide tokens would keep
+// Whether a product should start while its activations are being made. Not where the rotation of wide tokens would keep
 // some of the product's blocks waiting for long, with all their work before them.
 bool starts_early(const Activations& a, std::int64_t blocks);
 
@@ -111,6 +120,9 @@ void many_columns_wgmma(const Activations& a, const Weight& weight, const Output
 // The product for very many columns, sm_90a: expands the weight to int8 once, in scratch memory of expanded_bytes() (expand.h).
 constexpr std::int64_t kPrefillColumns = 512;  // fewer never pay for the expansion
 bool prefill_pays(std::int64_t rows, std::int64_t num_columns);
-void prefill(const Activations& a, const Weight& weight, const Output& output, std::uint8_t* expanded, cudaStream_t stream);
+// Its beginning, which needs no activations: it can run beside the kernel that makes them (rotate_quantize, waits_last).
+void expand_first(const Weight& weight, std::uint8_t* expanded, cudaStream_t stream);
+void prefill(const Activations& a, const Weight& weight, const Output& output, std::uint8_t* expanded, bool first_is_expanded,
+             cudaStream_t stream);
 
 }  // namespace pvq::cuda

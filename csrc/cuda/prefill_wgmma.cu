@@ -154,6 +154,15 @@ void start(const Product& product, const std::uint8_t* expanded, cudaStream_t st
   launch(prefill_kernel, dim3(static_cast<unsigned>(workers * kCluster)), dim3(kThreads), std::size_t{kDynamicBytes}, stream, p);
 }
 
+// The rows from `first` on that are expanded at once.
+Weight part_of(const Weight& weight, std::int64_t first) {
+  Weight part = weight;
+  part.data += weight_bytes(weight.codebook, first, weight.num_chunks * kChunkColumns);
+  part.row_scale += first;
+  part.rows = std::min(expanded_rows(weight.rows, weight.num_chunks), weight.rows - first);
+  return part;
+}
+
 }  // namespace
 
 bool prefill_pays(std::int64_t rows, std::int64_t num_columns) {
@@ -166,17 +175,18 @@ bool prefill_pays(std::int64_t rows, std::int64_t num_columns) {
          slots / static_cast<double>(rows) + kExpanding < kSlower * static_cast<double>(num_columns);
 }
 
-void prefill(const Activations& a, const Weight& weight, const Output& output, std::uint8_t* expanded, cudaStream_t stream) {
-  const std::int64_t at_once = expanded_rows(weight.rows, weight.num_chunks);
+void expand_first(const Weight& weight, std::uint8_t* expanded, cudaStream_t stream) {
+  expand(part_of(weight, 0), expanded, true, stream);
+}
+
+void prefill(const Activations& a, const Weight& weight, const Output& output, std::uint8_t* expanded, bool first_is_expanded,
+             cudaStream_t stream) {
   const std::int64_t element_bytes = output.dtype == DType::kFloat32 ? 4 : 2;
-  for (std::int64_t first = 0; first < weight.rows; first += at_once) {
-    Product part{a, weight, output};
-    part.weight.data += weight_bytes(weight.codebook, first, weight.num_chunks * kChunkColumns);
-    part.weight.row_scale += first;
-    part.weight.rows = std::min(at_once, weight.rows - first);
+  for (std::int64_t first = 0; first < weight.rows; first += expanded_rows(weight.rows, weight.num_chunks)) {
+    Product part{a, part_of(weight, first), output};
     part.output.y = static_cast<char*>(output.y) + first * element_bytes;
     if (output.bias != nullptr) part.output.bias = static_cast<const char*>(output.bias) + first * element_bytes;
-    expand(part.weight, expanded, stream);
+    if (first > 0 || !first_is_expanded) expand(part.weight, expanded, false, stream);
     start(part, expanded, stream);
   }
 }

@@ -1,5 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Quantization of tokens that need no rotation: one block a token.
+// Quantization of tokens that need no rotation, or one inside of warps. All columns of a token are in registers: eight a thread
+// and as many blocks of a cluster as that takes where tokens are few, up to 32 a thread where they are many. Where that does not
+// reach, a block goes over its token twice.
+#include <cooperative_groups.h>
+
 #include "launch.h"
 #include "linear.h"
 #include "quantize.cuh"
@@ -7,59 +11,186 @@
 namespace pvq::cuda {
 namespace {
 
+namespace cg = cooperative_groups;
+
 constexpr int kThreads = 512;  // of 32 registers: fits beside a block of few_columns.cu
+constexpr int kMaxClusterSize = 8;
 
 struct Parameters {
   Tokens tokens;
   Activations out;
+  bool waits_last;
+
+  // Eight columns of a plane of a token.
+  __device__ __forceinline__ void store(std::int64_t token, int plane, int group, std::uint32_t low, std::uint32_t high) const {
+    const std::int64_t column = token * tokens.num_planes + plane;
+    *reinterpret_cast<std::uint32_t*>(out.data + activation_offset(8 * group, column, out.padded_columns)) = low;
+    *reinterpret_cast<std::uint32_t*>(out.data + activation_offset(8 * group + 4, column, out.padded_columns)) = high;
+  }
+  __device__ __forceinline__ void finish(std::int64_t token, const std::int32_t* sums, const TokenScale& scale) const {
+    const int num_planes = tokens.num_planes;
+    if (threadIdx.x < num_planes) out.sums[token * num_planes + threadIdx.x] = sums[threadIdx.x];
+    if (threadIdx.x == 0) out.token_scale[token] = scale.token_scale;
+  }
 };
 
-template <DType kType>
-__global__ void __launch_bounds__(kThreads, 4) quantize_kernel(const __grid_constant__ Parameters p) {
+// Of a block; `warps`: shared memory.
+__device__ __forceinline__ std::uint32_t largest_of_block(std::uint32_t largest, std::uint32_t (&warps)[kThreads / 32]) {
+  const int lane = threadIdx.x & 31;
+  largest = __reduce_max_sync(0xffffffffu, largest);
+  if (lane == 0) warps[threadIdx.x / 32] = largest;
+  __syncthreads();
+  return __reduce_max_sync(0xffffffffu, lane < kThreads / 32 ? warps[lane] : 0u);
+}
+
+__device__ __forceinline__ void add_sums(const std::int32_t (&sums)[2], int num_planes, std::int32_t* totals) {
+#pragma unroll
+  for (int plane = 0; plane < 2; ++plane) {
+    if (plane == num_planes) break;
+    const std::int32_t sum = __reduce_add_sync(0xffffffffu, sums[plane]);
+    if ((threadIdx.x & 31) == 0) atomicAdd(totals + plane, sum);
+  }
+}
+
+// kEights: of columns that a thread holds. kShared: the token is that of `cluster_size` blocks of a cluster.
+template <DType kType, bool kRotated, int kEights, bool kShared>
+__global__ void __launch_bounds__(kThreads, kEights == 1   ? 4
+                                            : kEights == 2 ? 3
+                                                           : 2)
+    quantize_once_kernel(const __grid_constant__ Parameters p, int cluster_size) {
+  __shared__ std::uint32_t warp_largest[kThreads / 32];
+  [[maybe_unused]] __shared__ std::uint32_t block_largest[kMaxClusterSize];
+  __shared__ std::int32_t totals[2];
+  launch_dependents();
+  const int num_planes = p.tokens.num_planes, lane = threadIdx.x & 31;
+  const int num_groups = static_cast<int>(p.tokens.in_features) / 8, padded_groups = static_cast<int>(p.out.num_chunks) * 16;
+  const int rank = kShared ? blockIdx.x & (cluster_size - 1) : 0, first = rank * kEights * kThreads + threadIdx.x;
+  const std::int64_t token = kShared ? blockIdx.x / cluster_size : blockIdx.x;
+  std::uint32_t bits[kEights] = {};
+  if constexpr (kRotated) {
+#pragma unroll
+    for (int e = 0; e < kEights; ++e) {
+      const int group = first + e * kThreads;
+      if (group < num_groups) bits[e] = __ldg(p.tokens.rotation.signs + group / 4) >> (8 * (group & 3));
+    }
+  }
+  if (threadIdx.x < 2) totals[threadIdx.x] = 0;
+  if (!p.waits_last) wait_for_dependencies();
+  const Element<kType>* x = static_cast<const Element<kType>*>(p.tokens.x) + token * p.tokens.in_features;
+  float v[kEights][8] = {}, magnitude = 0;
+#pragma unroll
+  for (int e = 0; e < kEights; ++e) {
+    const int group = first + e * kThreads;
+    if (group < num_groups) widen_eight<kType>(x + 8 * group, v[e]);
+  }
+#pragma unroll
+  for (int e = 0; e < kEights; ++e) {
+    if constexpr (kRotated) rotate_in_warp(v[e], bits[e], lane, p.tokens.rotation.factors[0]);
+    raise(magnitude, v[e]);
+  }
+  std::uint32_t largest = largest_of_block(__float_as_uint(magnitude), warp_largest);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if constexpr (kShared) {
+    const cg::cluster_group cluster = cg::this_cluster();
+    // The memory of another block may be written to only once that block runs.
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+    if (threadIdx.x < cluster_size) cluster.map_shared_rank(block_largest, threadIdx.x)[rank] = largest;
+    cluster.sync();
+    largest = __reduce_max_sync(0xffffffffu, lane < cluster_size ? block_largest[lane] : 0u);
+  }
+#endif
+  const TokenScale scale(largest, num_planes, p.tokens.scale_constant);
+  std::int32_t sums[2] = {};
+#pragma unroll
+  for (int e = 0; e < kEights; ++e) {
+    const int group = first + e * kThreads;
+    if (group < padded_groups)  // zeros from num_groups on
+      quantize_eight(v[e], scale, num_planes, sums,
+                     [&](int plane, std::uint32_t low, std::uint32_t high) { p.store(token, plane, group, low, high); });
+  }
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if constexpr (kShared) {
+    const cg::cluster_group cluster = cg::this_cluster();
+    add_sums(sums, num_planes, cluster.map_shared_rank(totals, 0));
+    cluster.sync();
+  }
+#endif
+  if constexpr (!kShared) {
+    add_sums(sums, num_planes, totals);
+    __syncthreads();
+  }
+  if (rank == 0) p.finish(token, totals, scale);
+  if (p.waits_last) wait_for_dependencies();
+}
+
+template <DType kType, bool kRotated>
+__global__ void __launch_bounds__(kThreads, 4) quantize_twice_kernel(const __grid_constant__ Parameters p) {
+  extern __shared__ float4 rotated_values[];
   __shared__ std::uint32_t warp_largest[kThreads / 32];
   __shared__ std::int32_t totals[2];
   launch_dependents();
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, num_planes = p.tokens.num_planes;
+  const int num_planes = p.tokens.num_planes;
   const std::int64_t token = blockIdx.x;
-  const int groups = static_cast<int>(p.tokens.in_features) / 8, padded_groups = static_cast<int>(p.out.num_chunks) * 16;
+  const int num_groups = static_cast<int>(p.tokens.in_features) / 8, padded_groups = static_cast<int>(p.out.num_chunks) * 16;
   const Element<kType>* x = static_cast<const Element<kType>*>(p.tokens.x) + token * p.tokens.in_features;
+  const auto read = [x](int group, float (&v)[8]) { widen_eight<kType>(x + 8 * group, v); };
+  const RotatedColumns rotated{p.tokens.rotation.signs, rotated_values, p.tokens.rotation.factors[0]};
   if (threadIdx.x < 2) totals[threadIdx.x] = 0;
-  wait_for_dependencies();
-  std::uint32_t largest = largest_magnitude<kType>(x, groups, threadIdx.x, kThreads);
-  largest = __reduce_max_sync(0xffffffffu, largest);
-  if (lane == 0) warp_largest[warp] = largest;
-  __syncthreads();
-  largest = __reduce_max_sync(0xffffffffu, lane < kThreads / 32 ? warp_largest[lane] : 0u);
+  if (!p.waits_last) wait_for_dependencies();
+  const std::uint32_t largest = largest_of_block(largest_magnitude<kRotated, kThreads>(num_groups, rotated, read), warp_largest);
   const TokenScale scale(largest, num_planes, p.tokens.scale_constant);
   std::int32_t sums[2] = {};
-  quantize_groups<kType>(x, groups, padded_groups, threadIdx.x, kThreads, scale, num_planes, sums,
-                         [&](int plane, int group, std::uint32_t low, std::uint32_t high) {
-                           const std::int64_t column = token * num_planes + plane;
-                           std::int8_t* to = p.out.data + activation_offset(8 * group, column, p.out.padded_columns);
-                           *reinterpret_cast<std::uint32_t*>(to) = low;
-                           to = p.out.data + activation_offset(8 * group + 4, column, p.out.padded_columns);
-                           *reinterpret_cast<std::uint32_t*>(to) = high;
-                         });
-  for (int plane = 0; plane < num_planes; ++plane) {
-    const std::int32_t sum = __reduce_add_sync(0xffffffffu, sums[plane]);
-    if (lane == 0) atomicAdd(&totals[plane], sum);
-  }
+  quantize_columns<kRotated, kThreads>(
+      num_groups, padded_groups, rotated, read, scale, num_planes, sums,
+      [&](int plane, int group, std::uint32_t low, std::uint32_t high) { p.store(token, plane, group, low, high); });
+  add_sums(sums, num_planes, totals);
   __syncthreads();
-  if (threadIdx.x < num_planes) p.out.sums[token * num_planes + threadIdx.x] = totals[threadIdx.x];
-  if (threadIdx.x == 0) p.out.token_scale[token] = scale.token_scale;
+  p.finish(token, totals, scale);
+  if (p.waits_last) wait_for_dependencies();
+}
+
+template <DType kType, bool kRotated, int kEights, bool kShared>
+void run_once(const Parameters& p, int cluster_size, cudaStream_t stream) {
+  launch_clusters(cluster_size, true, quantize_once_kernel<kType, kRotated, kEights, kShared>,
+                  dim3(static_cast<unsigned>(p.tokens.num_tokens * cluster_size)), dim3(kThreads), 0, stream, p, cluster_size);
+}
+
+template <DType kType, bool kRotated>
+void run(const Parameters& p, cudaStream_t stream) {
+  const std::int64_t tokens = p.tokens.num_tokens, groups = p.out.num_chunks * 16;
+  const DeviceProperties& device = device_properties();
+  const auto blocks = [groups](int eights) {  // that share a token
+    int size = 1;
+    while (size * eights * kThreads < groups) size *= 2;
+    return size;
+  };
+  const int most = device.capability >= 90 ? kMaxClusterSize : 1;
+  // Where tokens alone fill the device, an exchange between blocks costs more than it hides.
+  const bool few = tokens * blocks(1) <= 2 * device.num_sms;
+  if (blocks(1) == 1) return run_once<kType, kRotated, 1, false>(p, 1, stream);
+  if (few && blocks(2) > 1 && blocks(1) <= most) return run_once<kType, kRotated, 1, true>(p, blocks(1), stream);
+  if (blocks(2) == 1) return run_once<kType, kRotated, 2, false>(p, 1, stream);
+  if (blocks(4) == 1) return run_once<kType, kRotated, 4, false>(p, 1, stream);
+  if (blocks(4) <= most) return run_once<kType, kRotated, 4, true>(p, blocks(4), stream);
+  launch(quantize_twice_kernel<kType, kRotated>, dim3(static_cast<unsigned>(tokens)), dim3(kThreads),
+         static_cast<std::size_t>(kRotated ? 4 * p.tokens.in_features : 0), stream, p);
+}
+
+template <DType kType>
+void run_type(const Parameters& p, cudaStream_t stream) {
+  p.tokens.rotation.num_factors == 0 ? run<kType, false>(p, stream) : run<kType, true>(p, stream);
 }
 
 }  // namespace
 
-void quantize(const Tokens& tokens, const Activations& out, cudaStream_t stream) {
-  const Parameters p{tokens, out};
-  const dim3 grid(static_cast<unsigned>(tokens.num_tokens));
+void quantize(const Tokens& tokens, const Activations& out, bool waits_last, cudaStream_t stream) {
+  const Parameters p{tokens, out, waits_last};
   if (tokens.dtype == DType::kBFloat16)
-    launch(quantize_kernel<DType::kBFloat16>, grid, dim3(kThreads), 0, stream, p);
+    run_type<DType::kBFloat16>(p, stream);
   else if (tokens.dtype == DType::kFloat16)
-    launch(quantize_kernel<DType::kFloat16>, grid, dim3(kThreads), 0, stream, p);
+    run_type<DType::kFloat16>(p, stream);
   else
-    launch(quantize_kernel<DType::kFloat32>, grid, dim3(kThreads), 0, stream, p);
+    run_type<DType::kFloat32>(p, stream);
 }
 
 }  // namespace pvq::cuda

@@ -1,64 +1,91 @@
 // SPDX-License-Identifier: Apache-2.0
-// Quantization of a token that needs no rotation (format.md §6), eight columns at a time and straight from global memory: once
-// for the largest magnitude, once more, from a cache, to quantize.
+// Quantization of a token (format.md §6), eight columns at a time, with no rotation or one inside of warps. Where a block goes
+// over a token twice, for the largest magnitude and to quantize, a thread sees the same columns both times.
 #pragma once
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 #include <cstdint>
 
+#include "butterflies.cuh"
 #include "element.cuh"
 #include "linear.h"
 
 namespace pvq::cuda {
 
-// Bits of the largest magnitude among the groups first, first + stride, ... of eight columns: as a float, and so that an infinity
-// or NaN among them is largest.
-template <DType kType>
-__device__ __forceinline__ std::uint32_t largest_magnitude(const Element<kType>* x, int num_groups, int first, int stride) {
-  constexpr int kWords = sizeof(Element<kType>) * 8 / 16;
-  std::uint32_t largest = 0;  // magnitudes are ordered as their bits are, in every type
-#pragma unroll 1
-  for (int j = first; j < num_groups; j += stride) {
+struct RotatedColumns {  // in shared memory; none: nullptr
+  const std::uint32_t* signs;
+  float4* values;  // [in_features / 4], by eight_slot
+  int width;       // of a block of the rotation
+
+  __device__ __forceinline__ void load(int group, float (&v)[8]) const {
 #pragma unroll
-    for (int w = 0; w < kWords; ++w) {
-      const uint4 words = __ldg(reinterpret_cast<const uint4*>(x + 8 * j) + w);
-      const std::uint32_t word[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if constexpr (kType == DType::kFloat32) {
-          largest = max(largest, word[i] & 0x7fffffffu);
-        } else {
-          largest = max(largest, max(word[i] & 0x7fffu, word[i] >> 16 & 0x7fffu));
-        }
-      }
+    for (int half = 0; half < 2; ++half) {
+      const float4 four = values[eight_slot(group, half)];
+      v[4 * half] = four.x, v[4 * half + 1] = four.y, v[4 * half + 2] = four.z, v[4 * half + 3] = four.w;
     }
   }
-  if constexpr (kType == DType::kFloat32) return largest;
-  return __float_as_uint(widen<kType>(static_cast<Element<kType>>(largest)));
+  __device__ __forceinline__ void store(int group, const float (&v)[8]) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      values[eight_slot(group, half)] = make_float4(v[4 * half], v[4 * half + 1], v[4 * half + 2], v[4 * half + 3]);
+  }
+};
+
+// `largest` becomes the largest magnitude so far, NaN if there is one: its bits, and those of an infinity, are larger than any
+// number's.
+__device__ __forceinline__ void raise(float& largest, const float (&v)[8]) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) asm("max.NaN.f32 %0, %0, %1;" : "+f"(largest) : "f"(fabsf(v[i])));
 }
 
-// Quantize the groups first, first + stride, ... below `padded_groups`, zeros from num_groups on; store(plane, group, low, high)
-// gets columns 0-3 and 4-7 of a group. Adds the activations of each plane to `sums`.
-template <DType kType, typename Store>
-__device__ __forceinline__ void quantize_groups(const Element<kType>* x, int num_groups, int padded_groups, int first, int stride,
-                                                const TokenScale& scale, int num_planes, std::int32_t (&sums)[2], Store store) {
+// store(plane, low, high) gets columns 0-3 and 4-7. Adds the activations of each plane to `sums`.
+template <typename Store>
+__device__ __forceinline__ void quantize_eight(const float (&v)[8], const TokenScale& scale, int num_planes,
+                                               std::int32_t (&sums)[2], const Store& store) {
+  const QuantizedQuad low = quantize_quad(v, scale, num_planes), high = quantize_quad(v + 4, scale, num_planes);
+  store(0, low.high, high.high);
+  sums[0] = __dp4a(static_cast<int>(low.high), 0x01010101, __dp4a(static_cast<int>(high.high), 0x01010101, sums[0]));
+  if (num_planes == 2) {
+    store(1, low.low, high.low);
+    sums[1] = __dp4a(static_cast<int>(low.low), 0x01010101, __dp4a(static_cast<int>(high.low), 0x01010101, sums[1]));
+  }
+}
+
+// Bits of the largest magnitude among this thread's columns, rotated if kRotated. read(group, v) reads eight columns of the
+// token. Called by whole warps.
+template <bool kRotated, int kThreads, typename Read>
+__device__ __forceinline__ std::uint32_t largest_magnitude(int num_groups, const RotatedColumns& rotated, const Read& read) {
+  float largest = 0;
 #pragma unroll 1
-  for (int j = first; j < padded_groups; j += stride) {
-    QuantizedQuad low{0, 0}, high{0, 0};
-    if (j < num_groups) {
-      float v[8];
-      widen_eight<kType>(x + 8 * j, v);
-      low = quantize_quad(v, scale, num_planes);
-      high = quantize_quad(v + 4, scale, num_planes);
+  for (int group = threadIdx.x; group < (num_groups + 31) / 32 * 32; group += kThreads) {
+    float v[8] = {};
+    const bool exists = group < num_groups;
+    if (exists) read(group, v);
+    if constexpr (kRotated) {
+      const std::uint32_t bits = exists ? rotated.signs[group / 4] >> (8 * (group & 3)) : 0;
+      rotate_in_warp(v, bits, threadIdx.x & 31, rotated.width);
+      if (exists) rotated.store(group, v);
     }
-    store(0, j, low.high, high.high);
-    sums[0] = __dp4a(static_cast<int>(low.high), 0x01010101, __dp4a(static_cast<int>(high.high), 0x01010101, sums[0]));
-    if (num_planes == 2) {
-      store(1, j, low.low, high.low);
-      sums[1] = __dp4a(static_cast<int>(low.low), 0x01010101, __dp4a(static_cast<int>(high.low), 0x01010101, sums[1]));
+    raise(largest, v);
+  }
+  return __float_as_uint(largest);
+}
+
+// Quantize this thread's columns, and zeros up to `padded_groups`: store(plane, group, low, high).
+template <bool kRotated, int kThreads, typename Read, typename Store>
+__device__ __forceinline__ void quantize_columns(int num_groups, int padded_groups, const RotatedColumns& rotated,
+                                                 const Read& read, const TokenScale& scale, int num_planes,
+                                                 std::int32_t (&sums)[2], const Store& store) {
+#pragma unroll 1
+  for (int group = threadIdx.x; group < padded_groups; group += kThreads) {
+    float v[8] = {};
+    if (group < num_groups) {
+      if constexpr (kRotated)
+        rotated.load(group, v);
+      else
+        read(group, v);
     }
+    quantize_eight(v, scale, num_planes, sums,
+                   [&](int plane, std::uint32_t low, std::uint32_t high) { store(plane, group, low, high); });
   }
 }
 

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "../paley.h"
+#include "butterflies.cuh"
 #include "element.cuh"
 #include "linear.h"
 
@@ -25,23 +26,6 @@ struct Group {                // of threads, whole warps
   int thread, size, barrier;  // barrier: the number of a named barrier
   __device__ __forceinline__ void sync() const { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(size) : "memory"); }
 };
-
-template <int kRadix>
-__device__ __forceinline__ void butterflies(float (&v)[kRadix]) {
-#pragma unroll
-  for (int h = 1; h < kRadix; h *= 2)
-#pragma unroll
-    for (int i = 0; i < kRadix; ++i)
-      if ((i & h) == 0) {
-        const float a = v[i], b = v[i + h];
-        v[i] = a + b;
-        v[i + h] = a - b;
-      }
-}
-
-__device__ __forceinline__ float flip_sign(float value, std::uint32_t bit_in_front) {  // by the top bit of the word
-  return __uint_as_float(__float_as_uint(value) ^ (bit_in_front & 0x80000000u));
-}
 
 // s x to the buffer.
 template <DType kType>
@@ -95,12 +79,7 @@ __device__ __forceinline__ void warp_butterflies(const Group& group, const Input
     float v[16] = {};
     if (first < n) input(first, v);
     butterflies(v);
-#pragma unroll 1
-    for (int mask = 1; mask < lanes; mask *= 2) {
-      const float sign = (lane & mask) != 0 ? -1.0f : 1.0f;  // times +-1 is exact, so each step is rounded once
-#pragma unroll
-      for (int i = 0; i < 16; ++i) v[i] = __fmaf_rn(v[i], sign, __shfl_xor_sync(0xffffffffu, v[i], mask));
-    }
+    lane_butterflies(v, lane, lanes);
     if (first < n) {
 #pragma unroll
       for (int i = 0; i < 16; ++i) y[float_slot(first) + i] = v[i];

@@ -57,12 +57,12 @@ void run_type(const Parameters& p, cudaStream_t stream) {
 
 bool starts_early(const Activations& a, std::int64_t blocks) {
   const bool wide = a.num_chunks * kChunkColumns >= 8192;  // quantizing takes long, in clusters of four blocks
-  return a.num_columns() <= 16 || !wide || blocks + 4 * a.num_tokens <= device_properties().num_sms;
+  return a.made_quickly || a.num_columns() <= 16 || !wide || blocks + 4 * a.num_tokens <= device_properties().num_sms;
 }
 
-void rotate_quantize(const Tokens& tokens, const Activations& out, cudaStream_t stream) {
+void rotate_quantize(const Tokens& tokens, const Activations& out, bool waits_last, cudaStream_t stream) {
   if (tokens.num_tokens == 0) return;
-  if (tokens.rotation.num_factors == 0) return quantize(tokens, out, stream);
+  if (tokens.rotation.num_factors == 0 || rotates_in_warps(tokens.rotation)) return quantize(tokens, out, waits_last, stream);
   if (rotate_in_clusters(tokens, out, stream)) return;
   const Parameters p{tokens, out};
   if (tokens.dtype == DType::kBFloat16)

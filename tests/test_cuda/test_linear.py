@@ -28,6 +28,12 @@ SIZES = (  # (columns, rows, blocks)
     (14336, 960, 2),
     (14336, 300, 0),
     (8192, 600, 0),
+    # Rotations inside of warps: 8, 64, 128 and 256 columns, with warps and chunks that end early.
+    (136, 100, 17),
+    (576, 960, 9),
+    (4096, 300, 32),
+    (14336, 960, 112),
+    (8192, 100, 32),
 )
 
 # Every dense order that has a kernel, and a power of two that a cluster shares.
@@ -151,12 +157,13 @@ def test_rows_of_large_models(kit, rows):
         assert kit.describe_difference(*layer.both(x)) == ""
 
 
+@pytest.mark.parametrize("blocks", [0, 1, 5])
 @pytest.mark.parametrize("mode", ["a8", "a16"])
 @pytest.mark.parametrize("tokens", [1, 6, 40])
-def test_zero_tiny_huge_and_broken_tokens(kit, mode, tokens):
-    layer = kit.build_layer([("pvq4", 32)], 64, mode)
+def test_zero_tiny_huge_and_broken_tokens(kit, mode, tokens, blocks):
+    layer = kit.build_layer([("pvq4", 32)], 320, mode, blocks)
     for value in (0.0, 1e-30, 1e37, float("inf"), float("nan")):
-        x = kit.random_tokens(tokens, 64, torch.float32)
+        x = kit.random_tokens(tokens, 320, torch.float32)
         x[0] = x[0].sign() * value
         got, expected = layer.both(x)
         assert kit.describe_difference(got, expected) == ""
@@ -164,8 +171,8 @@ def test_zero_tiny_huge_and_broken_tokens(kit, mode, tokens):
 
 
 def test_largest_values_of_the_codebooks(kit):
-    """Sums near 2^31: every weight and every activation of the largest magnitude, 65536 columns if they fit."""
-    columns = min(65536, cuda_ops._describe(torch.cuda.current_device()).max_in_features // 4096 * 4096)
+    """Sums near 2^31: every weight and every activation of the largest magnitude, in 65536 columns."""
+    columns = 65536
     codes = torch.full((16, columns), 127, dtype=torch.int8)
     plan = ops.make_plan([("int8", 16)], columns)
     scale = torch.ones(16).half()
@@ -274,6 +281,9 @@ def test_wrong_arguments_are_named(kit, monkeypatch):
         ops.linear(x, layer.on_gpu, torch.zeros(48), 48, layer.plan)
     with pytest.raises(PVQError, match="does not belong to this plan"):
         ops.linear(x, layer.on_gpu._replace(weight=layer.on_gpu.weight[:-1]), None, 48, layer.plan)
+    shifted = torch.cat([layer.on_gpu.weight[:1], layer.on_gpu.weight])[1:]
+    with pytest.raises(PVQError, match="weight must be contiguous and begin at a multiple of 16 bytes"):
+        ops.linear(x, layer.on_gpu._replace(weight=shifted), None, 48, layer.plan)
     moved = ops.PackedLinear(*(tensor.cuda() for tensor in layer.on_cpu))
     with pytest.raises(PVQError, match="packed for the CPU"):
         ops.linear(x, moved, None, 48, layer.plan)
