@@ -15,6 +15,7 @@ namespace cg = cooperative_groups;
 
 constexpr int kThreads = 512;  // of 32 registers: fits beside a block of few_columns.cu
 constexpr int kMaxClusterSize = 8;
+constexpr int kSpareMultiprocessors = 4;  // that the products of usual layers leave free
 
 struct Parameters {
   Tokens tokens;
@@ -168,7 +169,9 @@ void run(const Parameters& p, cudaStream_t stream) {
   // Where tokens alone fill the device, an exchange between blocks costs more than it hides.
   const bool few = tokens * blocks(1) <= 2 * device.num_sms;
   if (blocks(1) == 1) return run_once<kType, kRotated, 1, false>(p, 1, stream);
-  if (few && blocks(2) > 1 && blocks(1) <= most) return run_once<kType, kRotated, 1, true>(p, blocks(1), stream);
+  // One block with 16 columns a thread is quicker than two that exchange, but its registers do not fit beside a product's block.
+  const bool alone = blocks(2) == 1 && tokens <= kSpareMultiprocessors;
+  if (few && !alone && blocks(1) <= most) return run_once<kType, kRotated, 1, true>(p, blocks(1), stream);
   if (blocks(2) == 1) return run_once<kType, kRotated, 2, false>(p, 1, stream);
   if (blocks(4) == 1) return run_once<kType, kRotated, 4, false>(p, 1, stream);
   if (blocks(4) <= most) return run_once<kType, kRotated, 4, true>(p, blocks(4), stream);
