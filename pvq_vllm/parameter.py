@@ -15,9 +15,8 @@ narrowed while loading.
 """
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
@@ -145,8 +144,20 @@ class LayerWeights:
         parameters = {}
         for kind, tensor in tensors.items():
             parameters[kind] = torch.nn.Parameter(tensor, requires_grad=False)
-            parameters[kind].weight_loader = partial(self.load, kind)
+            parameters[kind].weight_loader = self._loader(kind)
         return parameters
+
+    def _loader(self, kind: str) -> Callable:
+        """``load`` as vLLM expects it, which looks at its ``__name__`` and replaces ``param`` when it loads a model again."""
+
+        def weight_loader(
+            param: torch.Tensor,
+            loaded_weight: torch.Tensor,
+            loaded_shard_id: str | int | tuple[int, ...] | None = None,
+        ) -> None:
+            self.load(kind, param, loaded_weight, loaded_shard_id)
+
+        return weight_loader
 
     def codes(self, weight_packed: torch.Tensor, index: int) -> torch.Tensor:
         """Return shard ``index`` as a view of the flat buffer.
@@ -248,10 +259,13 @@ class LayerWeights:
         self, index: int, weight_packed: torch.Tensor, weight_levels: torch.Tensor, target: torch.Tensor
     ) -> None:
         shard = self.shards[index]
-        weight_packed = weight_packed.to(target.device)
-        q = canonical_to_int8(
-            shard.name, shard.codebook, weight_packed, weight_levels, self.source_in_features
-        )
+        if target.is_meta:  # when vLLM loads a model again, it first counts what is copied
+            q = torch.empty((len(weight_packed), self.source_in_features), dtype=torch.int8, device="meta")
+        else:
+            weight_packed = weight_packed.to(target.device)
+            q = canonical_to_int8(
+                shard.name, shard.codebook, weight_packed, weight_levels, self.source_in_features
+            )
         view = self.codes(target, index)
         view[: len(q)].copy_(q[:, self.source_column : self.source_column + self.in_features])
         view[len(q) :].zero_()

@@ -4,6 +4,8 @@
 Every expected value is a slice of the checkpoint's own tensors, written out here by hand.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -13,7 +15,7 @@ pytest.importorskip("vllm")
 from vllm.model_executor.layers import linear as vllm_linear
 from vllm.model_executor.layers import vocab_parallel_embedding as vllm_vocabulary
 
-from pvq_vllm import ops
+from pvq_vllm import _C, cuda_ops, ops
 from pvq_vllm.canonical_ops import decode_canonical, encode_canonical
 from pvq_vllm.codec import reference
 from pvq_vllm.codec.errors import PVQError
@@ -367,3 +369,60 @@ def test_embedding_returns_the_rows_of_its_rank_widened(ranks, rank):
     words = torch.arange(36)
     expected = q.float() * tensors["weight_scale"].float()[:, None]
     assert torch.equal(layer.quant_method.embedding(layer, words), expected[rank * 64 :][:36])
+
+
+def reload_as_vllm_does(layer, tensors: dict[str, torch.Tensor]) -> None:
+    reload = pytest.importorskip("vllm.model_executor.model_loader.reload.layerwise")
+    reload.initialize_layerwise_reload(layer)
+    load(layer, tensors)
+    reload.finalize_layerwise_processing(layer, None)
+
+
+@pytest.mark.parametrize("name", ["pvq4", "canonical"])
+def test_a_layer_can_be_loaded_again(ranks, name):
+    """vLLM counts what a loader copies to meta tensors, loads it once more, and fills the tensors that graphs may hold."""
+    reload = pytest.importorskip("vllm.model_executor.model_loader.reload.layerwise")
+    ranks(0, 1)
+    config = make_config({"x": "int8"})
+    sizes = dict(group_size=16, num_pulses=24, amplitude_bits=4) if name == "canonical" else {}
+    config.checkpoint.modules["x"] = ModuleSpec(Codebook(name, **sizes), 1)
+
+    def checkpoint() -> dict[str, torch.Tensor]:
+        if name != "canonical":
+            return valid_tensors(name, 23)
+        encoded = encode_canonical(torch.randn(23, HIDDEN), 16, 24, 4)
+        return dict(zip(("weight_packed", "weight_levels", "weight_scale"), encoded, strict=True))
+
+    def new_layer():
+        return vllm_linear.ReplicatedLinear(HIDDEN, 23, bias=False, quant_config=config, prefix="x")
+
+    first, second, x = checkpoint(), checkpoint(), torch.randn(3, HIDDEN)
+    expected = new_layer()
+    load(expected, second)
+    finish(expected)
+    layer = new_layer()
+    reload.record_metadata_for_reloading(layer)
+    load(layer, first)
+    finish(layer)
+    packed = layer.pvq_weight
+    assert not torch.equal(layer.quant_method.apply(layer, x), expected.quant_method.apply(expected, x))
+    reload_as_vllm_does(layer, second)
+    assert layer.pvq_weight is packed
+    assert torch.equal(layer.quant_method.apply(layer, x), expected.quant_method.apply(expected, x))
+
+
+@pytest.mark.skipif(not _C.with_cuda, reason="this build has no CUDA kernels")
+def test_a_rotation_that_gpus_cannot_do_is_refused_before_loading(ranks, monkeypatch):
+    """As of down_proj of Qwen2.5-7B, 18944 = 148 * 128."""
+    ranks(0, 1)
+    config = make_config({"mlp.down_proj": "pvq4"})
+    config.checkpoint.rotation_factors[296] = [148, 2]
+    arguments = dict(bias=False, quant_config=config, prefix="mlp.down_proj")
+    vllm_linear.ReplicatedLinear(296, 24, **arguments)
+    a100 = dict(name="A100", capability=80, code=80, fault="", max_shared_bytes=163 * 1024)
+    monkeypatch.setattr(cuda_ops, "_describe", lambda index: SimpleNamespace(**a100))
+    monkeypatch.setattr(ops, "check_device", lambda device, plan: cuda_ops.check_device(0, plan))
+    with pytest.raises(
+        PVQError, match=r"mlp\.down_proj: .*order 148 has no kernel for GPUs: .*--rotation residual:128"
+    ):
+        vllm_linear.ReplicatedLinear(296, 24, **arguments)
