@@ -122,7 +122,8 @@ class PVQLinear(_PackedModule):
         if self.plan is None:
             self.pack()
         packed = ops.PackedLinear(self.pvq_weight, self.pvq_row_scale, self.pvq_row_sum)
-        return ops.linear(x, packed, self.bias, self.out_features, self.plan)
+        bias = None if self.bias is None else self.bias.to(x.dtype)  # they differ under torch.autocast
+        return ops.linear(x, packed, bias, self.out_features, self.plan)
 
     def extra_repr(self) -> str:
         return (

@@ -165,3 +165,18 @@ def test_module_that_the_model_does_not_have_is_refused(folder):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(PVQError, match=r"lists 'model\.layers\.9\.mlp\.down_proj'"):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+@torch.inference_mode()
+def test_a_bias_follows_the_activations_under_autocast(
+    tiny_model_folder, checkpoint_writer, linear_codebooks, tmp_path
+):
+    """nn.Linear casts its bias too."""
+    folder = checkpoint_writer(tiny_model_folder("qwen2"), tmp_path / "out", linear_codebooks)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    layer = model.model.layers[0].self_attn.q_proj
+    x = torch.randn(3, layer.in_features).bfloat16()  # of a product in front, which autocast made bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    layer.bias.data = layer.bias.data.bfloat16()
+    assert torch.equal(y, layer(x))
