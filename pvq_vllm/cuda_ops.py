@@ -2,15 +2,14 @@
 """The GPU half of ops.py and canonical_ops.py: checks of tensors, scratch memory, the stream; then addresses to ``_C.cuda``.
 
 A call allocates with torch alone, waits for nothing and runs under CUDA-graph capture. What a plan needs on a device besides
-the weight (tables, signs, counters) is made when the first weight is packed there, so never during a capture.
+the weight is in cuda_constants.py.
 """
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 
-import numpy as np
 import torch
 
 from pvq_vllm import _C
@@ -23,21 +22,23 @@ from pvq_vllm.arguments import (
     view_codes,
 )
 from pvq_vllm.codec.errors import PVQError
-from pvq_vllm.codec.serving import INT8_ID
+from pvq_vllm.cuda_constants import make_plan, on_device, table_address
 
 MIN_CAPABILITY = 80
-_STREAMS = 64  # calls on so many streams of a device may overlap; each stream has counters of its own
 
 
 # ---- can it run here? -----------------------------------------------------------------------------------------------------
 
 
-def check_device(index: int | None, in_features: int = 0) -> None:
-    """Raise PVQError unless layers of `in_features` columns run on GPU `index` (None: the current one)."""
+def check_device(index: int | None, plan: str | None = None) -> None:
+    """Raise PVQError unless GPU `index` (None: the current one) runs PVQ, and a layer of `plan` if there is one."""
     if _C.with_cuda:
         if index is None:
             index = torch.cuda.current_device() if torch.cuda.is_available() else 0
-        problem = explain(_describe(index), index, in_features)
+        report = _describe(index)
+        problem = explain(report, index)
+        if plan is not None and not problem:
+            problem = explain_plan(report, index, plan)
     else:
         problem = "this build of pvq_vllm has no CUDA kernels: install it again where nvcc of the CUDA toolkit is found"
     if problem:
@@ -46,12 +47,18 @@ def check_device(index: int | None, in_features: int = 0) -> None:
 
 @cache
 def _describe(index: int) -> _C.cuda.DeviceReport:
-    return _C.cuda.describe_device(index)
+    exists = torch.cuda.is_available() and index < torch.cuda.device_count()
+    with torch.cuda.device(index) if exists else nullcontext():
+        return _C.cuda.describe_device(index)
 
 
-def explain(report: _C.cuda.DeviceReport, index: int, in_features: int) -> str | None:
-    """Return in a sentence what keeps a GPU from running a layer, None if nothing does."""
-    gpu = f"GPU {index} ({report.name or 'unknown'}, compute capability {report.capability / 10:.1f})"
+def _name(report: _C.cuda.DeviceReport, index: int) -> str:
+    return f"GPU {index} ({report.name or 'unknown'}, compute capability {report.capability / 10:.1f})"
+
+
+def explain(report: _C.cuda.DeviceReport, index: int) -> str | None:
+    """Return in a sentence what keeps a GPU from running PVQ, None if nothing does."""
+    gpu = _name(report, index)
     if report.fault == "driver" and not report.driver_version:
         return "no NVIDIA driver is running here: install one, or serve on the CPU"
     if report.fault == "driver":
@@ -68,12 +75,28 @@ def explain(report: _C.cuda.DeviceReport, index: int, in_features: int) -> str |
         )
     if report.fault:
         return f"GPU {index} cannot be used: {report.fault}"
-    if in_features > report.max_in_features:
-        return (
-            f"{gpu} rotates at most {report.max_in_features} input columns a rank in its shared memory, but the layer has "
-            f"{in_features}: quantize the model with --tensor-parallel 2 or more and serve it on as many GPUs"
-        )
     return None
+
+
+def explain_plan(report: _C.cuda.DeviceReport, index: int, plan: str) -> str | None:
+    """The same for one layer, whose tokens have to fit into shared memory to be rotated or projected.
+
+    Raises:
+        PVQError: no GPU runs it.
+    """
+    room, needed = report.max_shared_bytes, make_plan(plan).shared_bytes(report.code)
+    if needed <= room:
+        return None
+    layer = PlanArguments.parse(plan)
+    in_small_blocks = layer._replace(rotation_blocks=layer.in_features // 8, factors=[8])
+    if make_plan(str(in_small_blocks)).shared_bytes(report.code) <= room:
+        remedy = "--rotation residual:128 (or block:128)"
+    else:
+        remedy = "--tensor-parallel 2 or more, and serve it on as many GPUs"
+    return (
+        f"{_name(report, index)} has {room // 1024} KB of shared memory for a block, but a token of {layer.in_features} input "
+        f"columns takes {-(-needed // 1024)} KB: quantize the model with {remedy}"
+    )
 
 
 def _version(number: int) -> str:
@@ -81,66 +104,19 @@ def _version(number: int) -> str:
 
 
 @contextmanager
-def _named_errors():
-    """Errors of the compiled module, which are CUDA's or about a plan, as PVQError."""
-    try:
-        yield
-    except (RuntimeError, ValueError) as error:
-        raise PVQError(f"CUDA: {error}") from error
+def _on_gpu_of(tensor: torch.Tensor):
+    """For calls of the compiled module: its errors, which are CUDA's or about a plan, become PVQError.
 
-
-# ---- what a plan needs on a device ----------------------------------------------------------------------------------------
-
-
-@cache
-def make_plan(text: str) -> _C.cuda.CudaPlan:
-    """The plan as the kernels for GPUs see it: neighbouring segments with the same codebook are one."""
-    try:
-        return _C.cuda.CudaPlan(*PlanArguments.parse(text))
-    except ValueError as error:
-        raise PVQError(str(error)) from None
-
-
-def _words(values: list[int], device: int) -> torch.Tensor:
-    words = np.array(values, dtype=np.uint32).view(np.int32)
-    return torch.from_numpy(words).to(torch.device("cuda", device))
-
-
-@cache
-def _table(codebook: int, device: int) -> torch.Tensor:
-    return _words(_C.cuda.device_table(codebook), device)
-
-
-def _table_address(codebook: int, device: int) -> int:
-    return 0 if codebook == INT8_ID else _table(codebook, device).data_ptr()
-
-
-@cache
-def _signs(bits: tuple[int, ...], device: int) -> torch.Tensor:
-    return _words(list(bits), device)  # one tensor for all layers of a width
-
-
-@cache
-def _counter_pool(device: int) -> tuple[torch.Tensor, dict[int, int]]:
-    shape = (_STREAMS, _C.cuda.num_counters)
-    return torch.zeros(shape, dtype=torch.int32, device=torch.device("cuda", device)), {}
-
-
-def _counters(device: int, stream: int) -> int:
-    """Address of the counters of a stream. They are zeros between calls, so streams may come and go."""
-    pool, slots = _counter_pool(device)
-    slot = slots.setdefault(stream, len(slots) % _STREAMS)
-    return pool.data_ptr() + 4 * slot * pool.shape[1]
-
-
-@cache
-def _constants(text: str, device: int) -> tuple[_C.cuda.CudaPlan, _C.cuda.Constants]:
-    layer = make_plan(text)
-    used = {codebook for codebook, *_ in layer.segments}
-    tables = [_table_address(codebook, device) if codebook in used else 0 for codebook in range(INT8_ID + 1)]
-    signs = _signs(tuple(layer.sign_bits), device).data_ptr() if layer.sign_bits else 0
-    _counter_pool(device)
-    return layer, _C.cuda.Constants(tables, signs)
+    It would make the tensor's GPU the current one itself, and then go back. That makes a context of hundreds of MB on a GPU that
+    has none yet, where torch only remembers which one was current.
+    """
+    with torch.cuda.device_of(tensor):
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError) as error:
+            raise PVQError(f"CUDA: {error}") from error
 
 
 def _device_and_stream(tensor: torch.Tensor) -> tuple[int, int]:
@@ -159,8 +135,9 @@ def pack_linear(
     Returns:
         weight, row_scale and an empty row_sum, on the device of the codes.
     """
-    layer, parts, device = make_plan(plan), PlanArguments.parse(plan).segments, codes[0].device
-    check_device(device.index, layer.in_features)
+    device = codes[0].device
+    check_device(device.index, plan)
+    layer, parts = make_plan(plan), PlanArguments.parse(plan).segments
     weight = torch.zeros(layer.weight_bytes, dtype=torch.uint8, device=device)
     row_scale = torch.zeros(layer.packed_rows, dtype=torch.float32, device=device)
     # By part of the plan: the first row with an invalid code, counted from the start of its segment.
@@ -174,7 +151,7 @@ def pack_linear(
         while first_row < rows:
             part_rows = parts[part][1]
             segment = view_codes(part, codes[part], codebook, part_rows, layer.in_features, device)
-            with _named_errors():
+            with _on_gpu_of(weight):
                 _C.cuda.pack_rows(
                     codebook,
                     segment.data_ptr(),
@@ -182,14 +159,14 @@ def pack_linear(
                     layer.in_features,
                     first_row,
                     weight.data_ptr() + offset,
-                    _table_address(codebook, device.index),
+                    table_address(codebook, device.index),
                     invalid.data_ptr() + 8 * part,
                     *_device_and_stream(weight),
                 )
             first_rows.append(first_row)
             first_row += part_rows
             part += 1
-    _constants(plan, device.index)
+    on_device(plan, device.index)
     for index, row in enumerate(invalid.tolist()):
         if row != no_row:
             raise PVQError(
@@ -204,18 +181,36 @@ def unpack_linear(weight: torch.Tensor, plan: str) -> torch.Tensor:
     layer, parts = make_plan(plan), []
     for codebook, rows, offset, _ in layer.segments:
         parts.append(torch.empty((rows, layer.in_features), dtype=torch.int8, device=weight.device))
-        with _named_errors():
+        with _on_gpu_of(weight):
             _C.cuda.unpack_rows(
                 codebook,
                 weight.data_ptr() + offset,
                 0,
                 rows,
                 layer.in_features,
-                _table_address(codebook, weight.device.index),
+                table_address(codebook, weight.device.index),
                 parts[-1].data_ptr(),
                 *_device_and_stream(weight),
             )
     return torch.cat(parts)
+
+
+def _check_packed(
+    weight: torch.Tensor, row_scale: torch.Tensor, layer: _C.cuda.CudaPlan, device: torch.device
+) -> None:
+    if weight.numel() != layer.weight_bytes or row_scale.numel() != layer.packed_rows:
+        raise PVQError("weight or row_scale does not belong to this plan; pack them with pack_linear.")
+    if weight.dtype != torch.uint8 or row_scale.dtype != torch.float32:
+        raise PVQError(
+            f"weight and row_scale must be uint8 and float32; got {weight.dtype} and {row_scale.dtype}."
+        )
+    if weight.device != device or row_scale.device != device:
+        raise PVQError(f"x is on {device}, the weight on {weight.device}; they must be on the same GPU.")
+    for name, tensor in (("weight", weight), ("row_scale", row_scale)):
+        if not tensor.is_contiguous() or tensor.data_ptr() % 16:  # the kernels read 16 bytes at once
+            raise PVQError(
+                f"{name} must be contiguous and begin at a multiple of 16 bytes; pass what pack_linear returned."
+            )
 
 
 def linear(
@@ -231,21 +226,14 @@ def linear(
     if not _C.with_cuda:
         check_device(x.device.index)
     device, stream = _device_and_stream(x)
-    layer, constants = _constants(plan, device)
+    layer, constants, counters = on_device(plan, device)
     dtype = check_call(x, out_features, layer)
     if row_sum.numel() and weight.dtype == torch.uint8:
         raise PVQError(
             "the weight was packed for the CPU and then moved to a GPU; load the model on the GPU"
             ' (transformers: device_map="cuda").'
         )
-    if weight.numel() != layer.weight_bytes or row_scale.numel() != layer.packed_rows:
-        raise PVQError("weight or row_scale does not belong to this plan; pack them with pack_linear.")
-    if weight.dtype != torch.uint8 or row_scale.dtype != torch.float32:
-        raise PVQError(
-            f"weight and row_scale must be uint8 and float32; got {weight.dtype} and {row_scale.dtype}."
-        )
-    if weight.device != x.device or row_scale.device != x.device:
-        raise PVQError(f"x is on {x.device}, the weight on {weight.device}; they must be on the same GPU.")
+    _check_packed(weight, row_scale, layer, x.device)
     if bias is not None:
         require("bias", bias, x.dtype, (out_features,), x.device)
     x = x.contiguous()
@@ -255,12 +243,12 @@ def linear(
     num_tokens = x.numel() // layer.in_features
     if num_tokens == 0:
         return y
-    with _named_errors():
+    with _on_gpu_of(x):
         workspace = torch.empty(layer.workspace_bytes(num_tokens, device), dtype=torch.uint8, device=x.device)
         _C.cuda.linear(
             layer,
             constants,
-            _counters(device, stream),
+            counters.address(stream, _C.cuda.capture_of(device, stream)),
             x.data_ptr(),
             dtype,
             num_tokens,
@@ -277,13 +265,13 @@ def linear(
 
 def quantize_activations(x: torch.Tensor, plan: str) -> tuple[torch.Tensor, torch.Tensor]:
     """ops.quantize_activations for a checked `x` on a GPU."""
-    check_device(x.device.index, x.shape[1])
+    check_device(x.device.index, plan)
     device, stream = _device_and_stream(x)
-    layer, constants = _constants(plan, device)
+    layer, constants, _ = on_device(plan, device)
     num_tokens, planes = len(x), layer.num_planes
     at = layer.workspace_offsets(num_tokens)
     workspace = torch.empty(at["bytes"], dtype=torch.uint8, device=x.device)
-    with _named_errors():
+    with _on_gpu_of(x):
         _C.cuda.quantize_activations(
             layer,
             constants,
@@ -312,7 +300,7 @@ def encode_rows(
 ) -> None:
     """Fill `codes` and `q`; all arguments are checked and on one GPU."""
     check_device(weight.device.index)
-    with _named_errors():
+    with _on_gpu_of(weight):
         _C.cuda.encode_rows(
             codebook,
             weight.data_ptr(),
@@ -336,7 +324,7 @@ def encode_rows_with_feedback(
 ) -> None:
     """Fill `codes`, `q` and `error`; all arguments are checked and on one GPU."""
     check_device(weight.device.index)
-    with _named_errors():
+    with _on_gpu_of(weight):
         _C.cuda.encode_rows_with_feedback(
             codebook,
             weight.data_ptr(),
@@ -363,7 +351,7 @@ def descend_rows(
 ) -> None:
     """Change `codes` and `q`, and overwrite `gradient`; all arguments are checked and on one GPU."""
     check_device(weight.device.index)
-    with _named_errors():
+    with _on_gpu_of(weight):
         _C.cuda.descend_rows(
             codebook,
             weight.data_ptr(),
@@ -383,7 +371,7 @@ def encoding_error(
 ) -> None:
     """Fill `error`, float32 [rows]; all arguments are checked and on one GPU."""
     check_device(weight.device.index)
-    with _named_errors():
+    with _on_gpu_of(weight):
         _C.cuda.encoding_error(
             codebook,
             weight.data_ptr(),
@@ -417,7 +405,7 @@ def decode_canonical(
     q = torch.empty((rows, in_features), dtype=torch.int8, device=device)
     fault = torch.full((1,), torch.iinfo(torch.int64).max, dtype=torch.int64, device=device)
     levels = weight_levels.to(device)
-    with _named_errors():
+    with _on_gpu_of(weight_packed):
         least = _C.cuda.canonical_workspace_bytes(*sizes, 1)
         wanted = _C.cuda.canonical_workspace_bytes(*sizes, rows)
         num_bytes = max(least, min(wanted, _CANONICAL_BYTES))

@@ -5,7 +5,7 @@ Loading fills the flat buffer of ``parameter.LayerWeights`` with the checkpoint'
 are packed once into the kernel's layout and the loaded bytes are freed, so that neither a dense weight nor a
 second packed copy stays. ``apply`` is one operator, ``torch.ops.pvq.linear``, which rotates and quantizes the
 activation, multiplies and adds the bias (docs/format.md sections 5 to 7). Everything the operator has to know
-besides the tensors is one string, the plan, made when the weight is packed.
+besides the tensors is one string, the plan, made first of all: a layer that cannot run is refused before it is loaded.
 """
 
 from functools import cache
@@ -75,7 +75,7 @@ class PVQLinearMethod(LinearMethodBase):
             )
         check_width(self.config.activation, input_size_per_partition, self.names[0])
         rank = layer.tp_rank if ranks > 1 else 0
-        layer.pvq_weights = LayerWeights(
+        weights = layer.pvq_weights = LayerWeights(
             layer_shards(self.config, self.names, layer, output_partition_sizes, output_size),
             shard_ids(layer, len(output_partition_sizes)),
             input_size_per_partition,
@@ -83,10 +83,20 @@ class PVQLinearMethod(LinearMethodBase):
             rank * input_size_per_partition,
         )
         layer.pvq_blocks = self.rotation_blocks // ranks
-        for kind, parameter in layer.pvq_weights.make_parameters().items():
+        for kind, parameter in weights.make_parameters().items():
             layer.register_parameter(kind, parameter)
+        layer.pvq_out_features = weights.out_features
         try:
-            ops.check_device(layer.weight_packed.device, input_size_per_partition)
+            layer.pvq_plan = ops.make_plan(
+                [(shard.memory_codebook, shard.num_rows) for shard in weights.shards],
+                weights.in_features,
+                seed=self.config.rotation_seed,
+                first_column=weights.source_column,
+                rotation_blocks=layer.pvq_blocks,
+                factors=self.config.rotation_factors[width] if self.rotation_blocks else None,
+                activation=self.config.activation,
+            )
+            ops.check_device(layer.weight_packed.device, layer.pvq_plan)
         except PVQError as error:
             raise PVQError(f"{', '.join(self.names)}: {error}") from error
 
@@ -99,17 +109,6 @@ class PVQLinearMethod(LinearMethodBase):
         weights: LayerWeights = layer.pvq_weights
         if not weights.check_complete(layer.weight_scale):
             fill_with_dummy_codes(weights, layer.weight_packed, layer.weight_scale)
-        width = weights.source_in_features // (self.rotation_blocks or 1)
-        layer.pvq_out_features = weights.out_features
-        layer.pvq_plan = ops.make_plan(
-            [(shard.memory_codebook, shard.num_rows) for shard in weights.shards],
-            weights.in_features,
-            seed=self.config.rotation_seed,
-            first_column=weights.source_column,
-            rotation_blocks=layer.pvq_blocks,
-            factors=self.config.rotation_factors[width] if self.rotation_blocks else None,
-            activation=self.config.activation,
-        )
         codes = [weights.codes(layer.weight_packed, index) for index in range(len(weights.shards))]
         try:
             packed = ops.pack_linear(codes, layer.weight_scale.detach(), layer.pvq_plan)

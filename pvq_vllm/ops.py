@@ -35,10 +35,10 @@ def cpu_isa() -> str:
     return _C.cpu_isa()
 
 
-def check_device(device: torch.device, in_features: int = 0) -> None:
-    """Raise PVQError unless layers of `in_features` columns run on `device`; the sentence says what to do."""
+def check_device(device: torch.device, plan: str | None = None) -> None:
+    """Raise PVQError unless PVQ, and a layer of `plan` if there is one, runs on `device`; the sentence says what to do."""
     if device.type == "cuda":
-        cuda_ops.check_device(device.index, in_features)
+        cuda_ops.check_device(device.index, plan)
     elif device.type not in ("cpu", "meta"):
         raise PVQError(f"{device} is neither a CPU nor an NVIDIA GPU; PVQ has kernels for these two.")
 

@@ -22,10 +22,12 @@ CPP_SUFFIXES = {".cpp", ".h", ".cu", ".cuh"}
 ONLY_IMPORTED_BY = {
     "pvq_vllm._C": (
         "pvq_vllm/ops.py",
+        "pvq_vllm/cuda_constants.py",
         "pvq_vllm/cuda_ops.py",
         "pvq_vllm/canonical_ops.py",
         "pvq_vllm/codec/serving.py",
     ),
+    "pvq_vllm.cuda_constants": ("pvq_vllm/cuda_ops.py",),
     "pvq_vllm.cuda_ops": ("pvq_vllm/ops.py", "pvq_vllm/canonical_ops.py"),
     "vllm": (
         "pvq_vllm/__init__.py",  # inside register()

@@ -3,11 +3,13 @@
 
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <tuple>
 
 #include "canonical.h"
 #include "dispatch.h"
 #include "encode.h"
+#include "launch.h"
 #include "pack.h"
 
 namespace py = pybind11;
@@ -28,6 +30,16 @@ CodebookId codebook_id(int id) {
 }
 
 cudaStream_t stream_at(Address stream) { return reinterpret_cast<cudaStream_t>(stream); }
+
+// Number of the capture that `stream` is part of, which no other capture of this process has; none if it is not being captured.
+std::optional<unsigned long long> capture_of(int device, Address stream) {
+  const DeviceScope scope(device);
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  unsigned long long id = 0;
+  if (stream != 0) check(cudaStreamGetCaptureInfo(stream_at(stream), &status, &id), "capture of a stream");
+  if (status == cudaStreamCaptureStatusNone) return std::nullopt;
+  return id;
+}
 
 py::list segments_of(const CudaPlan& plan) {  // (codebook, rows, weight offset, packed row)
   py::list list;
@@ -151,11 +163,13 @@ void bind(py::module_ m) {
   py::class_<DeviceReport>(m, "DeviceReport")
       .def_readonly("name", &DeviceReport::name)
       .def_readonly("capability", &DeviceReport::capability)
-      .def_readonly("max_in_features", &DeviceReport::max_in_features)
+      .def_readonly("code", &DeviceReport::code)
+      .def_readonly("max_shared_bytes", &DeviceReport::max_shared_bytes)
       .def_readonly("driver_version", &DeviceReport::driver_version)
       .def_readonly("runtime_version", &DeviceReport::runtime_version)
       .def_readonly("fault", &DeviceReport::fault);
   m.def("describe_device", &describe_device, Release());
+  m.def("capture_of", &capture_of);
 
   py::class_<CudaPlan>(m, "CudaPlan")
       .def(py::init<std::int64_t, const std::vector<std::pair<int, std::int64_t>>&, int, std::uint64_t, std::int64_t,
@@ -169,6 +183,7 @@ void bind(py::module_ m) {
       .def_readonly("num_planes", &CudaPlan::num_planes)
       .def_readonly("sign_bits", &CudaPlan::sign_bits)
       .def_property_readonly("segments", &segments_of)
+      .def("shared_bytes", &quantizer_shared_bytes)
       .def("workspace_bytes",
            [](const CudaPlan& plan, std::int64_t num_tokens, int device) {
              const DeviceScope scope(device);

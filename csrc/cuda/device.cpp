@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
 #include <array>
 #include <mutex>
 #include <unordered_set>
@@ -25,7 +26,10 @@ const DeviceProperties& device_properties() {
     check(cudaDeviceGetAttribute(&p.max_shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "GPU attribute");
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "GPU attribute");
     check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "GPU attribute");
-    p.capability = 10 * major + minor;
+    // A driver that finds nothing newer compiles PTX of an older architecture: those kernels lack what is newer (__CUDA_ARCH__).
+    cudaFuncAttributes loaded{};
+    check(cudaFuncGetAttributes(&loaded, probe_kernel()), "attributes of a kernel");
+    p.capability = std::min(10 * major + minor, loaded.ptxVersion);
 #ifdef PVQ_WITH_WGMMA
     p.has_wgmma = p.capability == 90;
 #endif
@@ -38,13 +42,15 @@ void allow_shared_memory(const void* kernel) {
   static std::mutex mutex;
   const int device = current_device();
   const std::lock_guard lock(mutex);
-  if (!done[static_cast<std::size_t>(device)].insert(kernel).second) return;
+  std::unordered_set<const void*>& kernels = done[static_cast<std::size_t>(device)];
+  if (kernels.count(kernel) != 0) return;
   cudaFuncAttributes attributes{};
   check(cudaFuncGetAttributes(&attributes, kernel), "attributes of a kernel");
   const int most = device_properties().max_shared_bytes - static_cast<int>(attributes.sharedSizeBytes);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "shared memory of a kernel");
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
         "shared memory of a kernel");
+  kernels.insert(kernel);  // last: what failed is tried again
 }
 
 }  // namespace pvq::cuda

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <cstdio>
 #include <cstdlib>
 #include <stdexcept>
 
@@ -10,7 +11,6 @@ namespace pvq::cuda {
 namespace {
 
 constexpr std::int64_t kMmaColumns = 32;  // up to here mma.sync is faster than wgmma, which wants 64 columns or more
-constexpr std::int64_t kStaticSharedBytes = 24 * 1024;  // at most, of the kernel that rotates
 
 enum class Choice { kAuto, kFew, kTiles, kMma, kWgmma, kPrefill };
 
@@ -64,8 +64,7 @@ Workspace workspace_of(const CudaPlan& plan, std::int64_t num_tokens, Choice cho
 
 void multiply(Choice chosen, const Activations& a, const Weight& weight, const Output& output, const Scratch& scratch,
               std::uint8_t* expanded, bool first_is_expanded, cudaStream_t stream) {
-  if (takes_prefill(chosen, weight.rows, a.num_columns()))
-    return prefill(a, weight, output, expanded, first_is_expanded, stream);
+  if (takes_prefill(chosen, weight.rows, a.num_columns())) return prefill(a, weight, output, expanded, first_is_expanded, stream);
   const bool hopper = device_properties().has_wgmma, any = chosen == Choice::kAuto;
   if ((any || chosen == Choice::kFew) && a.num_columns() <= kMaxFewColumns && few_columns(a, weight, output, scratch, stream))
     return;
@@ -77,10 +76,22 @@ void multiply(Choice chosen, const Activations& a, const Weight& weight, const O
   }
 }
 
-// What describe_device looks for in this file's machine code.
 __global__ void probe() {}
 
 }  // namespace
+
+const void* probe_kernel() { return reinterpret_cast<const void*>(&probe); }
+
+std::int64_t quantizer_shared_bytes(const CudaPlan& plan, int capability) {
+  const std::int64_t n = plan.in_features;
+  if (plan.projection.group_size == 0) {
+    if (plan.rotation.num_factors == 0) return 0;
+    if (rotates_in_warps(plan.rotation)) return capability >= 90 ? 0 : 4 * n + 256;  // a cluster has registers for any token
+  }
+  // Static, besides the token: a dense factor's matrix, of order 28 or 76, and sums.
+  const std::int64_t order = largest_dense_order(plan.rotation) > 28 ? 76 : 28;
+  return float_buffer_bytes(n) + order * order * 4 + 256;
+}
 
 std::int64_t workspace_bytes(const CudaPlan& plan, std::int64_t num_tokens) {
   return workspace_of(plan, num_tokens, choice()).bytes;
@@ -132,7 +143,11 @@ DeviceScope::DeviceScope(int device) {
 }
 
 DeviceScope::~DeviceScope() {
-  if (previous_ >= 0) (void)cudaSetDevice(previous_);
+  // On a GPU without a context this makes one, of hundreds of MB: cuda_ops.py has torch choose the GPU, which avoids it.
+  if (previous_ < 0) return;
+  const cudaError_t status = cudaSetDevice(previous_);
+  if (status != cudaSuccess)
+    std::fprintf(stderr, "pvq_vllm: GPU %d cannot be made the current one again: %s\n", previous_, cudaGetErrorString(status));
 }
 
 DeviceReport describe_device(int device) {
@@ -145,13 +160,11 @@ DeviceReport describe_device(int device) {
   if (status == cudaSuccess) {
     report.name = properties.name;
     report.capability = 10 * properties.major + properties.minor;
-    const std::int64_t room = static_cast<std::int64_t>(properties.sharedMemPerBlockOptin) - kStaticSharedBytes;
-    std::int64_t n = room / 4 / kGroupSize * kGroupSize;
-    while (n > 0 && float_buffer_bytes(n) > room) n -= kGroupSize;
-    report.max_in_features = n;
+    report.max_shared_bytes = static_cast<std::int64_t>(properties.sharedMemPerBlockOptin);
     try {
       const DeviceScope scope(device);
-      status = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&probe));
+      status = cudaFuncGetAttributes(&attributes, probe_kernel());
+      if (status == cudaSuccess) report.code = attributes.ptxVersion;
     } catch (const std::runtime_error& error) {
       report.fault = error.what();
     }

@@ -28,6 +28,9 @@ struct Call {
   cudaStream_t stream;
 };
 
+// Shared memory that a block needs at most to quantize a token; a GPU with less does not run the plan. capability: of the code.
+std::int64_t quantizer_shared_bytes(const CudaPlan& plan, int capability);
+
 // What a call on the current device needs.
 std::int64_t workspace_bytes(const CudaPlan& plan, std::int64_t num_tokens);
 
@@ -52,8 +55,8 @@ class DeviceScope {
 
 struct DeviceReport {
   std::string name;
-  int capability = 0;                           // 10 major + minor
-  std::int64_t max_in_features = 0;             // a token of them is rotated in shared memory
+  int capability = 0, code = 0;                 // 10 major + minor, of the GPU and of the code that it runs
+  std::int64_t max_shared_bytes = 0;            // of a block
   int driver_version = 0, runtime_version = 0;  // 1000 major + 10 minor
   std::string fault;  // empty: the kernels run here. driver, image (none for this GPU), or the error's name
 };

@@ -22,13 +22,17 @@ constexpr int kMaxDevices = 64;
 constexpr int kMaxSharedBase = 2048;
 
 struct DeviceProperties {
-  int num_sms = 0, max_shared_bytes = 0, capability = 0;  // capability: 10 major + minor
-  bool has_wgmma = false;                                 // on compute capability 9.0, and only in code compiled for 9.0a
+  int num_sms = 0, max_shared_bytes = 0;
+  int capability = 0;      // 10 major + minor: the device's, or that of the code that it runs if this is lower
+  bool has_wgmma = false;  // on compute capability 9.0, and only in code compiled for 9.0a
 };
 
 // Of the current device; read once.
 const DeviceProperties& device_properties();
 int current_device();
+
+// A kernel like all others, to ask which machine code the driver loaded.
+const void* probe_kernel();
 
 // Lets the next kernel of the stream start its prologue (sm_90 and later; nothing before).
 __device__ __forceinline__ void launch_dependents() {

@@ -15,6 +15,8 @@ namespace {
 // Dense orders that rotate.cuh has code for: four times an odd number. It passes over all others.
 constexpr int kLargestDense = 76;
 bool has_dense_pass(int order) { return is_hadamard_order(order) && order % 8 == 4 && order <= kLargestDense; }
+constexpr char kOtherRotation[] =
+    ": quantize the model again with --rotation residual:128 (or block:128), or serve it on the CPU.";
 constexpr std::int64_t kMaxSplits = 16;
 constexpr std::int64_t kMaxPartialElements = std::int64_t{1} << 23;  // 32 MiB
 
@@ -46,11 +48,11 @@ CudaPlan::CudaPlan(std::int64_t in, const std::vector<std::pair<int, std::int64_
     rotation.block_width = rotation_block_width(in, rotation_blocks, orders);
     if (orders.size() > kMaxFactors)
       throw std::invalid_argument("a rotation of " + std::to_string(orders.size()) + " factors has no kernel for GPUs; at most " +
-                                  std::to_string(kMaxFactors) + " have.");
+                                  std::to_string(kMaxFactors) + " have" + kOtherRotation);
     for (std::size_t i = 0; i < orders.size(); ++i) {
       if (!is_power_of_two(orders[i]) && !has_dense_pass(orders[i]))
-        throw std::invalid_argument("a rotation with a factor of order " + std::to_string(orders[i]) +
-                                    " has no kernel for GPUs.");
+        throw std::invalid_argument("a rotation with a factor of order " + std::to_string(orders[i]) + " has no kernel for GPUs" +
+                                    kOtherRotation);
       rotation.factors[i] = orders[i];
     }
     rotation.num_factors = static_cast<int>(orders.size());
