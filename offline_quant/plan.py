@@ -23,7 +23,7 @@ CODEBOOK_OF_BITS = {
 UNQUANTIZED = "16"
 ROTATIONS = ("auto", "residual", "online", "none")
 ROTATIONS_IN_BLOCKS = ("block:N", "residual:N")  # what is rotated online, in blocks of at most N columns
-DEFAULT_ROTATION = "block:128"  # as good as the whole width, and a GPU rotates it while it quantizes (docs/quantizer.md)
+DEFAULT_ROTATION = "block:128"  # nearly as good as the whole width, and faster on a GPU (docs/quantizer.md)
 SMALLEST_BLOCK = 8
 # Linears whose input is split between the ranks of tensor parallelism, by the last part of their name in
 # Hugging Face models.

@@ -27,6 +27,7 @@ from pvq_vllm.codec.rotation import Rotation, rotation_layout
 from .calibration import LayerwiseForward
 from .model_source import ModelSource
 from .norms import norm_offset
+from .plan import DEFAULT_ROTATION
 from .rotation import rotate_rows
 
 # x [rows, width] -> x R^T, float32; R orthogonal.
@@ -170,7 +171,7 @@ def rotated_source(
 ) -> tuple[ModelSource, str]:
     """Return the model in the coordinates in which ``plan.Settings.rotation`` wants it quantized, and that
     rotation: folded (on ``device``) for 'residual' and 'residual:N', and for 'auto' if that is possible (it
-    becomes 'residual:128', else 'block:128'); otherwise ``source`` itself.
+    becomes 'residual:128', else ``plan.DEFAULT_ROTATION``); otherwise ``source`` itself.
 
     Raises:
         CannotFold: see ``FoldedSource.of``; not for 'auto'.
@@ -183,7 +184,7 @@ def rotated_source(
     except CannotFold:
         if kind == "residual":
             raise
-        return source, "block:128"
+        return source, DEFAULT_ROTATION
     folded.device = device
     return folded, "residual:128" if kind == "auto" else rotation
 
