@@ -8,14 +8,19 @@ import statistics
 OTHERS = ("fp16", "marlin", "machete", "fp8", "int_mm")
 
 
-def markdown_table(headers: list[str], rows: list[list[str]]) -> str:
-    """A table that reads well in a terminal, too."""
+def markdown_table(headers: list[str], rows: list[list[str]], text_columns: int = 0) -> str:
+    """A table that reads well in a terminal, too; the first `text_columns` are text, the others numbers."""
     widths = [max(len(row[i]) for row in [headers, *rows]) for i in range(len(headers))]
-    lines = [headers, ["-" * (width - 1) + ":" for width in widths], *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) + " |"
-        for line in lines
-    )
+    rule = ["-" * width if i < text_columns else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+
+    def line(cells: list[str]) -> str:
+        padded = [
+            cell.ljust(width) if i < text_columns else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return f"| {' | '.join(padded)} |"
+
+    return "\n".join(line(cells) for cells in [headers, rule, *rows])
 
 
 def number(value: float | None, digits: int) -> str:

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from linear_report import markdown_table
+
+TEXT_COLUMNS = 2  # of every table
 TOP_KERNELS = 15  # of a profile; the others are one line
 
 
@@ -15,21 +18,6 @@ def summary(model: str, result: dict | None, seconds: float) -> str:
     measured = f"{', '.join(rates)} tokens/s" if rates else "no rates"
     start = f"start {result['start_s']:.0f} s, " if "start_s" in result else ""
     return f"{model}: {measured}; {start}{seconds:.0f} s in all{'' if result['complete'] else ', INCOMPLETE'}"
-
-
-def markdown_table(headers: list[str], rows: list[list[str]]) -> str:
-    """A table that reads well in a terminal, too; the first two columns are text."""
-    widths = [max(3, *(len(row[i]) for row in [headers, *rows])) for i in range(len(headers))]
-    rule = ["-" * width if i < 2 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    return "\n".join(
-        "| "
-        + " | ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        + " |"
-        for line in [headers, rule, *rows]
-    )
 
 
 def report(results: dict[str, dict]) -> str:
@@ -47,7 +35,7 @@ def report(results: dict[str, dict]) -> str:
             milliseconds = values.get("ms_per_step", values.get("ms"))
             rows.append([case, model, f"{rate:.0f}", f"{milliseconds:.3f}", *compared])
     headers = ["case", "model", "tokens/s", "ms per step (prefill: in all)", "/ int4", "/ fp16"]
-    parts = [markdown_table(headers, rows), ""]
+    parts = [markdown_table(headers, rows, TEXT_COLUMNS), ""]
     rows = [
         [
             model,
@@ -57,7 +45,10 @@ def report(results: dict[str, dict]) -> str:
         ]
         for model, result in results.items()
     ]
-    parts += [markdown_table(["model", "linear layers", "GB of parameters", "start, s"], rows), ""]
+    parts += [
+        markdown_table(["model", "linear layers", "GB of parameters", "start, s"], rows, TEXT_COLUMNS),
+        "",
+    ]
     for model, result in results.items():
         for batch, times in result["profile"].items():
             step, busy = 1e3 * result["decode"][batch]["ms_per_step"], sum(times.values())
@@ -72,7 +63,7 @@ def report(results: dict[str, dict]) -> str:
             rows.append(
                 [f"{rest:.1f}", f"{100 * rest / busy:.0f}%", f"{max(0, len(times) - len(top))} others"]
             )
-            parts += [markdown_table(["us", "share", "kernel"], rows), ""]
+            parts += [markdown_table(["us", "share", "kernel"], rows, TEXT_COLUMNS), ""]
     return "\n".join(parts)
 
 

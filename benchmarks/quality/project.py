@@ -50,7 +50,16 @@ def quantized(protocol: Protocol, arguments: tuple[str, ...], calibrate: bool = 
         RuntimeError: the command failed; with its last line.
     """
     command = [sys.executable, "-m", "pvq_vllm.cli", "quantize", str(protocol.model)]
-    options = ["--rotation", "online", "--lm-head", "16", "--threads", str(torch.get_num_threads()), "--device", protocol.device]
+    options = [
+        "--rotation",
+        "online",
+        "--lm-head",
+        "16",
+        "--threads",
+        str(torch.get_num_threads()),
+        "--device",
+        protocol.device,
+    ]
     if calibrate:
         options += ["--calibration", str(protocol.calibration_text)]
         options += ["--calibration-sequences", str(protocol.calibration_sequences)]

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from benchmarks.vllm_models import BLOCKS, HIDDEN, INTERMEDIATE, is_known, quantization_config
-from benchmarks.vllm_report import report, summary
 from pvq_vllm.codec.format import CheckpointConfig
 from pvq_vllm.codec.rotation import rotation_layout
 
@@ -34,6 +33,13 @@ if name == "fp16":
 Path(request["result"]).write_text(json.dumps(result))
 sys.exit(0 if name == "fp16" else "out of memory")
 """
+
+
+@pytest.fixture
+def vllm_report(monkeypatch):
+    """As the script imports it."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("vllm_report")
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -60,26 +66,26 @@ def test_other_models_are_unknown(name):
     assert not is_known(name)
 
 
-def test_a_line_tells_what_was_measured():
+def test_a_line_tells_what_was_measured(vllm_report):
     result = {
         "complete": True,
         "start_s": 43.4,
         "decode": {"1": {"tokens_per_s": 210.4}, "16": {"tokens_per_s": 2510.0}},
         "prefill": {"tokens_per_s": 30111.0},
     }
-    line = summary("pvq4-block128", result, 95.0)
+    line = vllm_report.summary("pvq4-block128", result, 95.0)
     assert line == (
         "pvq4-block128: decode 1: 210, decode 16: 2510, prefill: 30111 tokens/s; start 43 s, 95 s in all"
     )
-    assert summary("pvq4", None, 7) == "pvq4: no rates; 7 s in all, INCOMPLETE"
+    assert vllm_report.summary("pvq4", None, 7) == "pvq4: no rates; 7 s in all, INCOMPLETE"
 
 
-def test_report_compares_with_fp16_and_lists_the_kernels_of_a_profile():
+def test_report_compares_with_fp16_and_lists_the_kernels_of_a_profile(vllm_report):
     def result(milliseconds: float) -> dict:
         decode = {"1": {"tokens_per_s": 1e3 / milliseconds, "ms_per_step": milliseconds}}
         return {"decode": decode, "profile": {"1": {f"void kernel_{i}<a|b>": 9.0 for i in range(20)}}}
 
-    text = report({"fp16": result(4.0), "pvq4-residual128": result(2.0)})
+    text = vllm_report.report({"fp16": result(4.0), "pvq4-residual128": result(2.0)})
     row = next(line for line in text.splitlines() if "pvq4-residual128" in line)
     assert [cell.strip() for cell in row.split("|")[2:-1]] == ["pvq4-residual128", "500", "2.000", "", "2.00"]
     assert " kernel_0<a/b> |" in text and " 5 others |" in text
