@@ -112,16 +112,21 @@ def engine_process(server):
 
 
 async def kill_engine_under_load(server):
-    """Return the ends of eight requests and the seconds until /ready was no longer 200."""
+    """Return the ends of eight requests and the seconds until /ready was no longer 200.
+
+    They ask for as many tokens as would take half a minute, so that none is at its end when all eight are seen to run.
+    """
+    engine, long = engine_process(server), STREAM | {"max_tokens": 8000}
     headers = {"Authorization": f"Bearer {server.key}"}
     async with httpx.AsyncClient(base_url=server.url, headers=headers, timeout=60) as client:
         requests = [
-            asyncio.create_task(client.post("/v1/completions", json={**STREAM, "stream": index % 2 == 0}))
+            asyncio.create_task(client.post("/v1/completions", json={**long, "stream": index % 2 == 0}))
             for index in range(8)
         ]
         while server_running(await client.get("/metrics")) < 8:
+            assert not any(request.done() for request in requests), "a request ended before all eight ran"
             await asyncio.sleep(0.05)
-        engine_process(server).kill()
+        engine.kill()
         killed = time.monotonic()
         while True:
             with contextlib.suppress(httpx.TransportError):
@@ -147,7 +152,7 @@ def check_clean_errors(answers):
 
 
 def test_a_dead_engine_ends_the_process_with_1(start_server):
-    with start_server() as server:
+    with start_server("--max-model-len", "8192") as server:
         server.wait_until_ready()
         answers, seconds = asyncio.run(kill_engine_under_load(server))
         assert seconds < 2
@@ -190,7 +195,7 @@ def test_ctrl_c_while_the_model_loads_ends_the_server(start_server):
 
 
 def test_a_dead_engine_is_restarted_and_sigterm_lets_the_running_request_end(start_server):
-    flags = ("--on-engine-death", "restart", "--drain-timeout-s", "60")
+    flags = ("--max-model-len", "8192", "--on-engine-death", "restart", "--drain-timeout-s", "60")
     with start_server(*flags, key_variable="VLLM_API_KEY") as server:  # vLLM's own variable holds as well
         server.wait_until_ready()
         answers, seconds = asyncio.run(kill_engine_under_load(server))
