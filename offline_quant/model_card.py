@@ -79,7 +79,7 @@ def add_evaluation(card: str, result: dict, text: str) -> str:
     Raises:
         PVQError: the card has no table of facts any more.
     """
-    on = f"{result['sequences']} x {result['length']} tokens of {text}"
+    on = f"{result['sequences']} x {result['length']} tokens of {text}, {result['dtype']} on {result['device']}"
     rows = {
         "Perplexity": f"{result['perplexity']:.3f} (base {result['perplexity_reference']:.3f}), {on}",
         "KL divergence to the base": f"{result['kl_divergence']:.4f} nats a token, {on}",

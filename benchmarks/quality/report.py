@@ -29,10 +29,11 @@ def table(records: list[dict]) -> str:
     ]
     for record in sorted(records, key=lambda r: (r["bits_per_weight"], r["kl_divergence"])):
         mark = "**" if record["key"] in front and record["bits_per_weight"] < 16 else ""
-        low, high = record["kl_divergence_ci95"]
+        interval = record["kl_divergence_ci95"]  # None for a single sequence
+        spread = "" if interval is None else f" ({interval[0]:.3f} to {interval[1]:.3f})"
         lines.append(
             f"| {mark}{record['label']}{mark} | {record['bits_per_weight']:.3f} | "
-            f"{record['kl_divergence']:.4f} ({low:.3f} to {high:.3f}) | {record['perplexity']:.2f} | "
+            f"{record['kl_divergence']:.4f}{spread} | {record['perplexity']:.2f} | "
             f"{record['top1_agreement']:.3f} |"
         )
     return "\n".join(lines)

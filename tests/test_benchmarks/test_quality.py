@@ -90,6 +90,14 @@ def test_pareto_front_keeps_what_nothing_beats():
     assert "**b**" not in table(records)
 
 
+def test_a_row_of_one_sequence_has_no_interval():
+    records = [_record("a", 3, 0.3), _record("b", 4, 0.2) | {"kl_divergence_ci95": None}]
+    assert [line.split("|")[3] for line in table(records).split("\n")[2:]] == [
+        " 0.3000 (0.300 to 0.300) ",
+        " 0.2000 ",
+    ]
+
+
 def test_report_replaces_only_the_table(tmp_path):
     pytest.importorskip("matplotlib")
     page = tmp_path / "quality.md"

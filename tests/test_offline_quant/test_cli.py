@@ -2,6 +2,7 @@
 """The commands as a user types them: what they print, and one sentence for each mistake."""
 
 import json
+import re
 from importlib.metadata import EntryPoint
 
 import pytest
@@ -55,6 +56,35 @@ def test_inspect_prints_a_table_or_json(checkpoint, capsys):
     result = json.loads(capsys.readouterr().out)
     codebooks = {module["name"]: module["codebook"] for module in result["modules"]}
     assert codebooks["model.layers.1.mlp.down_proj"] == "pvq4" and "lm_head" not in codebooks
+
+
+def test_quantize_says_what_calibration_would_gain_and_measures_when_asked(tiny_llama, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["quantize", str(tiny_llama), str(out), "--bits", "4", "--device", "cpu"]
+    assert main([*arguments, "--evaluate"]) == 0
+    printed = capsys.readouterr()
+    assert "--calibration builtin" in " ".join(printed.err.split())
+    assert "kl_divergence" in printed.out
+    assert re.search(
+        r"^\| KL divergence.* 10 x 1024 tokens of evaluation.txt, \w+ on cpu \|$", card_of(out), re.M
+    )
+    calibrated = [
+        "--overwrite",
+        "--calibration",
+        "builtin",
+        "--calibration-sequences",
+        "2",
+        "--calibration-length",
+        "64",
+    ]
+    assert main([*arguments, *calibrated]) == 0
+    printed = capsys.readouterr()
+    assert "--calibration builtin" not in " ".join(printed.err.split())
+    assert "kl_divergence" not in printed.out and "KL divergence" not in card_of(out)
+
+
+def card_of(folder):
+    return (folder / "README.md").read_text()
 
 
 def test_eval_writes_its_json(checkpoint, tiny_llama, tmp_path, capsys):

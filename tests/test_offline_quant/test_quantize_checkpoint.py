@@ -2,6 +2,7 @@
 """From folder to folder: what is written, and that an interrupted run ends with the same bytes."""
 
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -86,24 +87,27 @@ def test_a_run_interrupted_anywhere_resumes_to_the_same_bytes(tiny_llama, tmp_pa
     assert not out.with_name("out.partial").exists()
 
 
-def test_a_killed_process_resumes_to_the_same_bytes(tiny_llama, tmp_path):
-    quantize(tiny_llama, tmp_path / "whole", PLAIN)
+@pytest.mark.parametrize("settings", [PLAIN, CALIBRATED], ids=["plain", "calibrated"])
+def test_a_killed_process_resumes_to_the_same_bytes(tiny_llama, tmp_path, settings):
+    quantize(tiny_llama, tmp_path / "whole", settings)
     program = (
-        "import os, signal, sys\n"
+        "import os, pickle, signal, sys\n"
         "from offline_quant.quantize_checkpoint import quantize_checkpoint\n"
-        "from offline_quant.plan import Settings\n"
         "def progress(name, weights):\n"
         "    if 'layers.1.mlp' in name: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "settings = Settings(rotation='online')\n"
+        "settings = pickle.load(sys.stdin.buffer)\n"
         "quantize_checkpoint(sys.argv[1], sys.argv[2], settings, progress=progress)\n"
     )
-    run = subprocess.run([sys.executable, "-c", program, str(tiny_llama), str(tmp_path / "out")], check=False)
+    command = [sys.executable, "-c", program, str(tiny_llama), str(tmp_path / "out")]
+    run = subprocess.run(command, input=pickle.dumps(settings), check=False)
     assert run.returncode == -9 and not (tmp_path / "out").exists()
+    kept = {path.name for path in (tmp_path / "out.partial" / "work").glob("*.safetensors")}
+    assert "gradients.safetensors" in kept or settings == PLAIN
     with pytest.raises(PVQError, match="unfinished run: add --resume"):
-        quantize(tiny_llama, tmp_path / "out", PLAIN)
+        quantize(tiny_llama, tmp_path / "out", settings)
     with pytest.raises(PVQError, match="another seed: repeat the options"):
-        quantize(tiny_llama, tmp_path / "out", replace(PLAIN, seed=1), resume=True)
-    quantize(tiny_llama, tmp_path / "out", PLAIN, resume=True)
+        quantize(tiny_llama, tmp_path / "out", replace(settings, seed=1), resume=True)
+    quantize(tiny_llama, tmp_path / "out", settings, resume=True)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 

@@ -4,6 +4,7 @@
 import pytest
 import torch
 
+from offline_quant import error_feedback, weight_quantizer
 from offline_quant.error_feedback import descend, feedback, fit_scale
 from offline_quant.hessian import HessianSum, RotatedHessian, inverse_factor, rotate_hessian
 from offline_quant.weight_quantizer import dequantize_weight, quantize_weight, stored_weight_snr
@@ -246,6 +247,19 @@ def test_feedback_lowers_the_output_error(name):
     assert output_snr(fed_back.dequantized) == pytest.approx(fed_back.output_snr_db, abs=0.05)
     assert fed_back.output_snr_db > output_snr(plain.dequantized) + 3
     assert fed_back.weight_snr_db < plain.weight_snr_db  # what it costs
+
+
+@pytest.mark.parametrize("name", ["pvq2", "pvq3", "pvq4"])
+def test_descent_gains_on_feedback_alone(name, monkeypatch):
+    weight = torch.randn(32, 192, generator=torch.Generator().manual_seed(4))
+    hessian = prepared(192, tokens=1000)
+
+    def output_snr(passes: int) -> float:
+        monkeypatch.setattr(weight_quantizer, "DESCENT_PASSES", passes)
+        return quantize_weight(weight, Codebook(name), None, hessian).output_snr_db
+
+    alone, default = output_snr(0), output_snr(error_feedback.DESCENT_PASSES)
+    assert default > alone + 0.5
 
 
 def test_rows_of_zeros_stay_zero():
