@@ -49,6 +49,7 @@ class LayerwiseForward:
         # Per batch size, what the model passes to each layer besides the hidden states: masks, rotary
         # embeddings ...
         self._arguments: dict[int, list[tuple[tuple, dict]]] = {}
+        self._as_result: Callable | None = None  # gives hidden states the form in which layers return them
         batches = token_ids.split(max(1, BATCH_TOKENS // token_ids.shape[1]))
         with self._outside_loaded(), torch.no_grad():
             for batch in batches:
@@ -156,7 +157,7 @@ class LayerwiseForward:
                     setattr(head, leaf, parameter)
 
     def logits(self, final: torch.Tensor) -> torch.Tensor:
-        """Return the logits [1, n, vocabulary] for n outputs of the last layer, [1, n, hidden], with their
+        """Return the logits [k, n, vocabulary] for outputs of the last layer, [k, n, hidden], with their
         graph for a backward pass; needs ``head_loaded``.
         """
         with torch.enable_grad():
@@ -174,12 +175,14 @@ class LayerwiseForward:
         layers = list(self.source.layers)
         first: list[torch.Tensor] = []
 
-        def stand_in(*args, **kwargs) -> torch.Tensor:
+        def stand_in(*args, **kwargs) -> torch.Tensor | tuple:
             args = list(args)
             hidden = args.pop(0) if args else kwargs.pop("hidden_states")
+            if self._as_result is None:
+                self._as_result = self._form_of_results(hidden, *args, **kwargs)
             first.append(hidden)
             recorded.append((tuple(args), kwargs))
-            return final if final is not None and len(first) == len(layers) else hidden
+            return self._as_result(final if final is not None and len(first) == len(layers) else hidden)
 
         for layer in layers:
             layer.forward = stand_in  # on the instance: what the model reads off its layers stays there
@@ -189,6 +192,18 @@ class LayerwiseForward:
             for layer in layers:
                 del layer.forward
         return first[0] if final is None else output[0]
+
+    def _form_of_results(self, *args, **kwargs) -> Callable[[torch.Tensor], torch.Tensor | tuple]:
+        """Run the first layer and return what gives hidden states the form of its result.
+
+        Decoders take ``layer(...)``, or the first of a tuple: ``layer(...)[0]`` of a bare tensor is a sequence.
+        """
+        with self.loaded(0) as layer:
+            output = type(layer).forward(layer, *args, **kwargs)  # the instance's own is a stand-in
+        if not isinstance(output, tuple):
+            return lambda hidden: hidden
+        beside = (None,) * (len(output) - 1)  # attention weights and the like, which nobody asked for
+        return lambda hidden: (hidden, *beside)
 
     @contextmanager
     def _outside_loaded(self) -> Iterator[None]:

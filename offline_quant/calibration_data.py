@@ -18,6 +18,7 @@ from pvq_vllm.codec.errors import PVQError
 
 BUILTIN, SELF = "builtin", "self"  # instead of a path
 TABLES = (".parquet", ".jsonl", ".arrow")
+OTHER_TABLES = (".json", ".csv", ".tsv")  # not read as tables, and not meant to be read as plain text
 SPLITS = {  # and the words that name them, as in the library datasets
     "train": {"train", "training"},
     "validation": {"validation", "valid", "val", "dev"},
@@ -31,21 +32,42 @@ def calibration_text() -> Path:
     return Path(__file__).parent / "data" / "calibration.txt"
 
 
-def calibration_tokens(folder: Path, source: str | Path, sequences: int, length: int) -> torch.Tensor:
+def calibration_tokens(
+    folder: Path, source: str | Path, sequences: int, length: int, vocabulary: int | None = None
+) -> torch.Tensor:
     """Return int64 [sequences, length].
 
     Args:
         folder: of the model, for its tokenizer and chat template.
         source: 'builtin', a UTF-8 text, a .parquet or .jsonl file, or a folder of such files or of
-            ``datasets.save_to_disk``. A table has a column 'text', or 'messages' for the chat template.
+            ``datasets.save_to_disk``. A table has a column 'text', or 'messages' for the chat template; rows
+            without either value are left out.
+        vocabulary: rows of the model's embedding, which the tokens may not exceed.
     Raises:
-        PVQError: the source is too short or cannot be read, or the folder has no tokenizer.
+        PVQError: the source is too short or cannot be read, or the folder has no tokenizer, or one of another
+            model.
     """
     path = calibration_text() if str(source) == BUILTIN else Path(source)
-    if not path.is_dir() and path.suffix not in TABLES:
-        ids = tokenize(folder, path)
-        _check_length(ids, path, sequences, length)
-        return windows(ids, sequences, length)
+    suffix = path.suffix.lower()
+    if not path.is_dir() and suffix in OTHER_TABLES:
+        raise PVQError(
+            f"--calibration {path}: {suffix} files are not read: convert it to .jsonl or .parquet, with a column "
+            "'text' or 'messages', or name it .txt to have it read as plain text"
+        )
+    is_table = path.is_dir() or suffix in TABLES
+    ids = _tokens_of_tables(folder, path, sequences, length) if is_table else tokenize(folder, path)
+    _check_length(ids, path, sequences, length)
+    tokens = windows(ids, sequences, length)
+    if vocabulary is not None and tokens.max() >= vocabulary:
+        raise PVQError(
+            f"{folder}: the tokenizer gives token {tokens.max()}, but the model's embedding has only {vocabulary} "
+            "rows: copy the tokenizer of this very model into the folder"
+        )
+    return tokens
+
+
+def _tokens_of_tables(folder: Path, path: Path, sequences: int, length: int) -> torch.Tensor:
+    """Return at least ``sequences * length`` tokens, or those of all documents."""
     files = table_files(path)
     total = sum(1 for file in files for _ in _rows(file))
     tokenizer = load_tokenizer(folder)
@@ -53,10 +75,8 @@ def calibration_tokens(folder: Path, source: str | Path, sequences: int, length:
     while True:
         ids = _tokens_of_documents(files, total, wanted, tokenizer)
         if len(ids) >= sequences * length or wanted == total:
-            break
+            return ids
         wanted = min(total, 2 * wanted)
-    _check_length(ids, path, sequences, length)
-    return windows(ids, sequences, length)
 
 
 def windows(ids: torch.Tensor, sequences: int, length: int) -> torch.Tensor:
@@ -124,7 +144,7 @@ def table_files(path: Path) -> list[Path]:
     Raises:
         PVQError: there is none, or the folder holds several splits.
     """
-    if path.is_file():
+    if not path.is_dir():
         return [path]
     if (path / "dataset_dict.json").exists():
         splits = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
@@ -132,7 +152,7 @@ def table_files(path: Path) -> list[Path]:
     if (path / "state.json").exists():
         listed = json.loads((path / "state.json").read_text(encoding="utf-8"))["_data_files"]
         return [path / entry["filename"] for entry in listed]
-    files = sorted(file for file in path.rglob("*") if file.suffix in TABLES)
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in TABLES)
     if not files:
         raise PVQError(
             f"--calibration {path}: no .parquet, .jsonl or .arrow file is in this folder: name a text, or the "
@@ -153,26 +173,36 @@ def _splits_named(file: Path) -> set[str]:
     return {split for split, names in SPLITS.items() if words & names}
 
 
-def _rows(file: Path) -> Iterator[str | list]:
-    """Yield each row's text, or its messages (a list of dicts); one batch of rows is in memory at a time.
+def _rows(file: Path) -> Iterator[tuple[str, str | list]]:
+    """Yield each row's text, or its messages (a list of dicts), behind the words that say where it is; one batch of
+    rows is in memory at a time. A row whose text is null, or whose messages are null or none, is left out.
 
     Raises:
-        PVQError: the file is damaged, has neither column, or pyarrow is needed and not installed.
+        PVQError: the file is damaged, has neither column or other values in it, or pyarrow is needed and not
+            installed.
     """
-    batches = _json_rows(file) if file.suffix == ".jsonl" else _arrow_rows(file)
-    for row in batches:
-        if isinstance(row.get("text"), str):
-            yield row["text"]
-        elif isinstance(row.get("messages"), list):
-            yield row["messages"]
-        else:
+    is_json = file.suffix.lower() == ".jsonl"
+    for number, row in _json_rows(file) if is_json else enumerate(_arrow_rows(file), 1):
+        where = f"{file}, {'line' if is_json else 'row'} {number}"
+        text, messages = row.get("text"), row.get("messages")
+        if isinstance(text, str):
+            yield where, text
+        elif isinstance(messages, list) and all(isinstance(message, dict) for message in messages):
+            if messages:
+                yield where, messages
+        elif text is not None or messages is not None:
             raise PVQError(
-                f"{file} has the columns {', '.join(sorted(row))} and needs 'text' (strings) or 'messages' "
+                f"{where}: 'text' must be a string, or 'messages' a list of role and content: repair the row"
+            )
+        elif "text" not in row and "messages" not in row:
+            raise PVQError(
+                f"{where} has the columns {', '.join(sorted(row))} and needs 'text' (strings) or 'messages' "
                 "(lists of role and content): rename one"
             )
 
 
-def _json_rows(file: Path) -> Iterator[dict]:
+def _json_rows(file: Path) -> Iterator[tuple[int, dict]]:
+    """Yield the number of each line that is not empty, and what is in it."""
     try:
         with open(file, encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
@@ -180,7 +210,7 @@ def _json_rows(file: Path) -> Iterator[dict]:
                     row = json.loads(line)
                     if not isinstance(row, dict):
                         raise PVQError(f"{file}, line {number}: not a JSON object: repair the file")
-                    yield row
+                    yield number, row
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise PVQError(f"{file} cannot be read as JSON lines ({error}): name another file") from error
 
@@ -194,7 +224,7 @@ def _arrow_rows(file: Path) -> Iterator[dict]:
             f"{file} needs the package pyarrow: pip install pyarrow, or convert it to .jsonl"
         ) from error
     try:
-        if file.suffix == ".parquet":
+        if file.suffix.lower() == ".parquet":
             table = pyarrow.parquet.ParquetFile(file)
             columns = [name for name in table.schema_arrow.names if name in ("text", "messages")]
             for batch in table.iter_batches(256, columns=columns or None):
@@ -212,18 +242,24 @@ def _tokens_of_documents(files: list[Path], total: int, wanted: int, tokenizer) 
     chosen = {index * total // wanted for index in range(wanted)}
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     pieces = []
-    for index, row in enumerate(row for file in files for row in _rows(file)):
+    for index, (where, row) in enumerate(row for file in files for row in _rows(file)):
         if index not in chosen:
             continue
         if isinstance(row, list):
-            row = _chat(tokenizer, row)
+            row = _chat(tokenizer, row, where)
         pieces += [_encode(tokenizer, row), torch.tensor(end, dtype=torch.int64)]
     return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
 
 
-def _chat(tokenizer, messages: list) -> str:
+def _chat(tokenizer, messages: list, where: str) -> str:
     if tokenizer.chat_template is None:
         raise PVQError(
             f"{tokenizer.name_or_path} has no chat template for the column 'messages': use a column 'text'"
         )
-    return tokenizer.apply_chat_template(messages, tokenize=False)
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as error:  # a template is a program: it may refuse a role, or trip over what is missing
+        raise PVQError(
+            f"{where}: the chat template of {tokenizer.name_or_path} does not take these messages ({error}): "
+            "remove the row, or use a column 'text'"
+        ) from error

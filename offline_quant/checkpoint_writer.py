@@ -164,7 +164,9 @@ class CheckpointWriter:
     def _check_disk(self) -> None:
         """Both the parts and the largest shard put together from them must fit."""
         shard_bytes = [sum(tensor_bytes(*tensor) for tensor in shard.values()) for shard in self.shards]
-        there = sum(file.stat().st_size for file in self.partial.rglob("*") if file.is_file())
+        made = [self._part_path(part) for part in range(len(self.parts))]
+        made += [self.partial / name for name in self.shard_names]
+        there = sum(path.stat().st_size for path in made if path.exists())
         needed = sum(shard_bytes) + max(shard_bytes) + SPARE_BYTES - there
         parent = self.out.absolute().parent
         free = shutil.disk_usage(parent).free
@@ -312,6 +314,18 @@ def plan_shards(parts: list[dict], max_shard_bytes: int) -> list[dict]:
             shards[-1][name] = tensor
             filled += size
     return shards
+
+
+def check_apart(model: Path, out: Path) -> None:
+    """Refuse a destination whose replacement would remove the model.
+
+    Raises:
+        PVQError: OUT or OUT.partial is the model's folder, or holds it.
+    """
+    source = model.resolve()
+    for target in (out, out.with_name(f"{out.name}.partial")):
+        if target.resolve() in (source, *source.parents):
+            raise PVQError(f"{target} is, or holds, the model to quantize: name another OUT")
 
 
 def check_destination(out: Path, overwrite: bool) -> None:

@@ -29,31 +29,32 @@ LOGIT_TOKENS = 512  # of a head's backward pass: bounds the memory of a large vo
 class OutputGradients:
     """``outputs``: E[g_i^2] for every output i of every linear layer that a token reached, by the layer's name,
     float32 [out_features]. ``tokens``: by the name of a linear layer, the mean of g^2 over its outputs, summed over the
-    layers that read the same tensor (q, k and v), float32 [tokens]; only where they see every token (not experts).
+    layers that read the same tensor (q, k and v) and share the sum, float32 [tokens]; only where they see every token
+    (not experts).
     """
 
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)
     tokens: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def to_tensors(self) -> dict[str, torch.Tensor]:
-        """Return both as one dictionary, to be stored."""
-        return {
-            f"{kind}/{name}": tensor
-            for kind, tensors in (("outputs", self.outputs), ("tokens", self.tokens))
-            for name, tensor in sorted(tensors.items())
-        }
+        """Return both as one dictionary, to be stored; the key of a shared tensor has all its names."""
+        result = {f"outputs/{name}": tensor for name, tensor in sorted(self.outputs.items())}
+        for names in _sharing(self.tokens):
+            result[f"tokens/{','.join(names)}"] = self.tokens[names[0]]
+        return result
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> "OutputGradients":
         """Return what ``to_tensors`` was called for."""
         result = cls()
         for key, tensor in tensors.items():
-            kind, _, name = key.partition("/")
-            getattr(result, kind)[name] = tensor
+            kind, _, names = key.partition("/")
+            getattr(result, kind).update(dict.fromkeys(names.split(","), tensor))
         return result
 
     def token_weights(self) -> dict[str, torch.Tensor]:
-        """Return the weight of every token in the Hessian of a layer's input, of mean 1, float32 [tokens].
+        """Return the weight of every token in the Hessian of a layer's input, of mean 1, float32 [tokens]. Layers that
+        share a sum share the weights.
 
         It is the root of the mean square of g. The squares themselves would make the Hessian that of the KL divergence
         (GuidedQuant, Kim et al. 2025), but g comes from one drawn y and a few tokens would outweigh all others;
@@ -63,17 +64,25 @@ class OutputGradients:
             PVQError: a gradient is not finite.
         """
         weights = {}
-        for name, squares in self.tokens.items():
-            root = squares.sqrt()
+        for names in _sharing(self.tokens):
+            root = self.tokens[names[0]].sqrt()
             mean = root.mean()
             if not mean.isfinite():
                 raise PVQError(
-                    f"the gradients of the calibration data overflow at {name}: use another text, or --token-weights "
-                    "uniform"
+                    f"the gradients of the calibration data overflow at {names[0]}: use another text, or "
+                    "--token-weights uniform"
                 )
             if mean > 0:
-                weights[name] = root / mean
+                weights.update(dict.fromkeys(names, root / mean))
         return weights
+
+
+def _sharing(tensors: Mapping[str, torch.Tensor]) -> list[list[str]]:
+    """Return the names of each tensor, in order."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in sorted(tensors.items()):
+        names.setdefault(id(tensor), []).append(name)
+    return list(names.values())
 
 
 def output_gradients(
@@ -206,18 +215,27 @@ def _head_gradients(forward: LayerwiseForward, generator: torch.Generator) -> li
     result = []
     with forward.head_loaded():
         for batch in forward.hidden:
-            flat = batch.reshape(1, -1, batch.shape[-1])
             parts = []
-            for part in flat.split(LOGIT_TOKENS, dim=1):
+            for part in _head_inputs(batch):
                 final = part.detach().clone().requires_grad_()
                 logits = forward.logits(final)
-                gradient = logits.detach()[0].float().softmax(dim=-1)
+                gradient = logits.detach().flatten(0, 1).float().softmax(dim=-1)
                 drawn = _draw(gradient, generator)
                 gradient.scatter_add_(1, drawn, torch.full_like(drawn, -1, dtype=gradient.dtype))
-                logits.backward(gradient[None].to(logits.dtype))
-                parts.append(final.grad)
-            result.append(torch.cat(parts, dim=1).reshape(batch.shape))
+                logits.backward(gradient.view_as(logits).to(logits.dtype))
+                parts.append(final.grad.flatten(0, 1))
+            result.append(torch.cat(parts).reshape(batch.shape))
     return result
+
+
+def _head_inputs(batch: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Cut [sequences, length, hidden] into pieces of at most ``LOGIT_TOKENS`` tokens, in order, none with more positions
+    than a sequence: a model with learned positions has no others.
+    """
+    length = batch.shape[1]
+    if length < LOGIT_TOKENS:
+        return batch.split(LOGIT_TOKENS // length)
+    return batch.reshape(1, -1, batch.shape[-1]).split(LOGIT_TOKENS, dim=1)
 
 
 def _draw(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

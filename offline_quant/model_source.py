@@ -7,7 +7,9 @@ the ``nn.Linear`` modules inside them.
 """
 
 import hashlib
+import math
 import os
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +27,9 @@ TORCH_DTYPES = {
 }  # fmt: skip
 # Small linears that choose experts: an error there costs much and the bits saved are none.
 ROUTERS = ("gate", "router", "shared_expert_gate")
+# Of every tensor, for ``fingerprint``.
+SAMPLES = 8
+SAMPLE_BYTES = 1 << 12
 
 
 def read_tensor(info: TensorInfo, name: str) -> torch.Tensor:
@@ -80,7 +85,7 @@ class ModelSource:
         if not folder.is_dir():
             raise PVQError(f"{folder} is not a folder: give the path of a local Hugging Face model")
         config = read_json(folder / "config.json", "model folder")
-        if "quantization_config" in config:
+        if config.get("quantization_config"):
             raise PVQError(
                 f"{folder} is already quantized (config.json): give the folder of the unquantized model"
             )
@@ -101,9 +106,8 @@ class ModelSource:
     def _check_tensors(self) -> None:
         """Compare the headers of the shards with the parameters that config.json leads to.
 
-        Some models store parameters under other names than their modules have (experts one by one, for
-        example): then there are tensors that no parameter claims, and a parameter without a tensor proves
-        nothing.
+        Mixtures store their experts, and some their router, under other names than the modules have (one by one
+        instead of together): where there are tensors that no parameter claims, those may be missing.
         """
         parameters = {name: tuple(parameter.shape) for name, parameter in self.skeleton.named_parameters()}
         for name, shape in parameters.items():
@@ -118,10 +122,18 @@ class ModelSource:
         ]
         if self.head_name is not None and not self.is_tied and f"{self.head_name}.weight" not in self.tensors:
             missing.append(f"{self.head_name}.weight")
-        if missing and not set(self.tensors) - set(parameters):
+        unclaimed = sorted(set(self.tensors) - set(parameters))
+        if unclaimed:
+            missing = [name for name in missing if not _is_of_mixture(name)]
+        if missing:
             raise PVQError(
-                f"{self.folder}: the shards have no tensor '{missing[0]}', which config.json asks "
-                "for: copy it again"
+                f"{self.folder}: the shards have no tensor '{missing[0]}', which config.json asks for: "
+                + (
+                    f"copy it again; if they have it under another name (as perhaps '{unclaimed[0]}'), this kind of "
+                    "model cannot be quantized"
+                    if unclaimed
+                    else "copy it again"
+                )
             )
 
     @property
@@ -166,6 +178,10 @@ class ModelSource:
         """Bytes of all tensors in the shards."""
         return sum({(info.shard, info.offset): info.nbytes for info in self.tensors.values()}.values())
 
+    def left_as_is(self, modules: Collection[str]) -> tuple[int, int]:
+        """Return how many weights of the decoder layers' matrices belong to none of ``modules``, and their bits."""
+        return left_as_is(self.tensors, self.layers_name, modules)
+
     def is_rotated_offline(self, module: str) -> bool:
         """True if the inputs of a linear module arrive rotated, so that it needs no rotation at run time."""
         return False
@@ -204,19 +220,44 @@ class ModelSource:
 
     def fingerprint(self) -> dict:
         """Return what identifies the source: per file its size and a hash of its config, header and samples
-        of the data.
+        of every tensor.
         """
         files = {"config.json": hashlib.sha256((self.folder / "config.json").read_bytes()).hexdigest()}
-        for shard in sorted({info.shard for info in self.tensors.values()}):
-            size = shard.stat().st_size
-            digest = hashlib.sha256(str(size).encode())
+        places: dict[Path, set[tuple[int, int]]] = {}  # a view of the model may have two names for a tensor
+        for info in self.tensors.values():
+            places.setdefault(info.shard, set()).add((info.offset, info.nbytes))
+        for shard, tensors in sorted(places.items()):
+            digest = hashlib.sha256(str(shard.stat().st_size).encode())
             with open(shard, "rb") as file:
                 digest.update(file.read(1 << 20))
-                for sample in range(64):
-                    file.seek(size * sample // 64)
-                    digest.update(file.read(1 << 14))
+                for offset, num_bytes in sorted(tensors):
+                    for sample in range(SAMPLES):
+                        file.seek(offset + num_bytes * sample // SAMPLES)
+                        digest.update(file.read(min(SAMPLE_BYTES, num_bytes)))
             files[shard.name] = digest.hexdigest()
         return files
+
+
+def _is_of_mixture(parameter: str) -> bool:
+    """True for a parameter of an expert or a router."""
+    path = parameter.split(".")
+    return "experts" in path or path[-2] in ROUTERS
+
+
+def left_as_is(
+    tensors: Mapping[str, TensorInfo], layers_name: str, modules: Collection[str]
+) -> tuple[int, int]:
+    """Return how many weights the matrices in the decoder layers have that are of none of ``modules``, and their
+    bits: linear layers that an --override leaves, experts that are stored together, routers.
+    """
+    left = [
+        info
+        for name, info in tensors.items()
+        if name.startswith(f"{layers_name}.")
+        and len(info.shape) > 1
+        and name.rpartition(".")[0] not in modules
+    ]
+    return sum(math.prod(info.shape) for info in left), sum(8 * info.nbytes for info in left)
 
 
 def build_skeleton(folder: Path) -> nn.Module:

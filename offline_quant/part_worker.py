@@ -103,7 +103,8 @@ class PartWorker:
 
     Args:
         tokens: gives the calibration tokens, int64 [sequences, length], when they are needed first, and
-            ``token_weights`` what ``LayerwiseForward.collect`` takes.
+            ``token_weights`` what ``LayerwiseForward.collect`` takes; the weights of a layer that is done are
+            removed from it.
     """
 
     def __init__(
@@ -202,7 +203,7 @@ class PartWorker:
             del sums
             self._hessians.clear()
             self._forward.advance(part.layer)
-        self._passed = part.layer + 1
+        self._has_passed(part.layer)
 
     def _quantize(
         self, name: str, total: HessianSum | None, tensors: dict, report: dict, restore: bool = False
@@ -251,7 +252,14 @@ class PartWorker:
                     linear = module.get_submodule(name.removeprefix(f"{self.source.layers_name}.{layer}."))
                     linear.weight.data = self._restore(name, stored).to(self._forward.dtype)
                 self._forward.advance(layer)
-        self._passed = max(self._passed, stop)
+            self._has_passed(layer)
+
+    def _has_passed(self, layer: int) -> None:
+        """Note that the batch is behind ``layer``, whose token weights nobody needs any more."""
+        self._passed = layer + 1
+        prefix = f"{self.source.layers_name}.{layer}."
+        for name in [name for name in self._weights if name.startswith(prefix)]:
+            del self._weights[name]
 
     def _restore(self, name: str, stored: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return the weight that the stored tensors of module ``name`` stand for."""

@@ -5,6 +5,7 @@ What is quantized how follows from the settings (``plan``), or from measured sen
 is asked for (``rate_allocation``); ``part_worker`` does the work, ``checkpoint_writer`` keeps it.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -15,11 +16,14 @@ from pathlib import Path
 
 import torch
 
+import pvq_vllm.codec.errors
+from pvq_vllm import _C
 from pvq_vllm.codec.errors import PVQError
 from pvq_vllm.codec.format import FORMAT_VERSION, CheckpointConfig, Codebook
 
+from .calibration import forward_dtype
 from .calibration_data import SELF, calibration_tokens, tokens_digest
-from .checkpoint_writer import CheckpointWriter, check_destination
+from .checkpoint_writer import CheckpointWriter, check_apart, check_destination
 from .gradients import OutputGradients, output_gradients
 from .model_card import model_card
 from .model_source import ModelSource
@@ -63,6 +67,9 @@ def quantize_checkpoint(
         PVQError: see docs/quantizer.md; nothing at ``out`` was changed.
     """
     out = Path(out)
+    if out.name in ("", ".."):
+        out = out.resolve()
+    check_apart(Path(model), out)
     if not resume:
         check_destination(out, overwrite)
     source, rotation = rotated_source(
@@ -168,16 +175,17 @@ def _tune(
 
 class _CalibrationData:
     """The calibration tokens of a run and the gradients on them. Gradients are measured, and tokens that the model
-    writes itself are drawn, when they are needed first; both are kept for the case that the run is interrupted.
+    writes itself are drawn, when they are needed first; the writer keeps both for the case that the run is interrupted,
+    and gradients, which are large, are in memory only as long as the caller holds them.
     """
 
     def __init__(self, source: ModelSource, settings: Settings, progress: Progress) -> None:
         self._source, self._settings, self._progress = source, settings, progress
         self._size = settings.calibration_sequences, settings.calibration_length
         self._tokens: torch.Tensor | None = None
-        self._gradients: OutputGradients | None = None
         if settings.calibration not in (None, SELF):
-            self._tokens = calibration_tokens(source.folder, settings.calibration, *self._size)
+            vocabulary = source.skeleton.get_input_embeddings().weight.shape[0]
+            self._tokens = calibration_tokens(source.folder, settings.calibration, *self._size, vocabulary)
 
     def digest(self) -> str | None:
         """Return what tells these tokens from others, as far as the settings do not."""
@@ -193,11 +201,9 @@ class _CalibrationData:
 
     def gradients(self, writer: CheckpointWriter) -> OutputGradients:
         """Return the gradients on these tokens."""
-        if self._gradients is None:
-            tokens = self.tokens(writer)
-            stored = writer.kept_tensors("gradients", lambda: self._measure(tokens).to_tensors())
-            self._gradients = OutputGradients.from_tensors(stored)
-        return self._gradients
+        tokens = self.tokens(writer)
+        stored = writer.kept_tensors("gradients", lambda: self._measure(tokens).to_tensors())
+        return OutputGradients.from_tensors(stored)
 
     def token_weights(self, writer: CheckpointWriter) -> dict[str, torch.Tensor]:
         """Return the weights of the tokens as the settings want them."""
@@ -234,10 +240,31 @@ def _fingerprint(source: ModelSource, settings: Settings, data: _CalibrationData
     if settings.calibration is not None:
         fields["calibration"] = data.digest()
         fields["threads"] = str(torch.get_num_threads())  # the order of additions in the forward pass
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    versions = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "program": program_digest(),
+    }
+    if settings.calibration is not None:
+        versions["forward_dtype"] = str(forward_dtype(settings.device))
     if settings.device == "cuda":
         versions["gpu"] = torch.cuda.get_device_name()
     return {"format_version": FORMAT_VERSION, "model": source.fingerprint(), **fields, **versions}
+
+
+def program_digest() -> str:
+    """Return a hash of what decides the bytes of a checkpoint besides settings and model: this package, the format
+    and the compiled module.
+    """
+    folders = (
+        Path(__file__).parent,
+        Path(pvq_vllm.__file__).parent,
+        Path(pvq_vllm.codec.errors.__file__).parent,
+    )
+    digest = hashlib.sha256()
+    for path in (*(path for folder in folders for path in sorted(folder.glob("*.py"))), Path(_C.__file__)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _model_config(source: ModelSource, config: CheckpointConfig) -> dict:

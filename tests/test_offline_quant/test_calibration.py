@@ -3,7 +3,14 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    FalconConfig,
+    GPTJConfig,
+    GPTNeoConfig,
+    OPTConfig,
+)
 
 from offline_quant import calibration
 from offline_quant.calibration import LayerwiseForward
@@ -73,3 +80,46 @@ def test_only_one_layer_has_weights_at_any_time(tiny_llama):
             assert {name.split(".")[2] for name in real_parameters()} == {str(layer)}
             forward.advance(layer)
         assert real_parameters() == set()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        FalconConfig(vocab_size=512, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, alibi=True),
+        BloomConfig(vocab_size=512, hidden_size=64, n_layer=1, n_head=4),
+        GPTJConfig(vocab_size=512, n_embd=64, n_layer=1, n_head=4, rotary_dim=8, n_positions=48),
+        GPTNeoConfig(
+            vocab_size=512,
+            hidden_size=64,
+            num_layers=2,
+            num_heads=4,
+            attention_types=[[["global", "local"], 1]],
+        ),
+        OPTConfig(
+            vocab_size=512,
+            hidden_size=64,
+            word_embed_proj_dim=64,
+            ffn_dim=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+        ),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_decoders_may_take_the_result_of_a_layer_or_the_first_of_a_tuple(tmp_path, config):
+    """[0] of a bare tensor is its first sequence: an error at best, with a single layer wrong logits."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    model.save_pretrained(tmp_path)
+    source = ModelSource.open(tmp_path)
+    ids = torch.arange(3 * 48).reshape(3, 48)
+    forward = LayerwiseForward(source, ids, torch.float32)
+    for layer in range(len(source.layers)):
+        with forward.loaded(layer):
+            forward.advance(layer)
+    with forward.head_loaded():
+        found = torch.cat([forward.logits(hidden) for hidden in forward.hidden])
+    with torch.inference_mode():
+        expected = model.float()(ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert forward.collect_head().num_tokens == 144

@@ -81,6 +81,65 @@ def test_messages_go_through_the_chat_template(tiny_llama, tmp_path):
         calibration_tokens(bare, tmp_path / "chat.jsonl", 1, 4)
 
 
+@pytest.mark.parametrize(
+    ("template", "messages", "says"),
+    [
+        ("{{ raise_exception('no system role') }}", [{"role": "system", "content": "x"}], "no system role"),
+        ("{{ messages[0]['content'] + '!' }}", [{"role": "user", "content": None}], "NoneType"),
+    ],
+)
+def test_messages_that_the_chat_template_refuses_are_named(tiny_llama, tmp_path, template, messages, says):
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(template)
+    (tmp_path / "chat.jsonl").write_text("\n" + json.dumps({"messages": messages}) + "\n")
+    with pytest.raises(PVQError, match=rf"chat\.jsonl, line 2: the chat template .* \(.*{says}"):
+        calibration_tokens(folder, tmp_path / "chat.jsonl", 1, 1)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_rows_without_a_value_are_left_out(tiny_llama, tmp_path, suffix):
+    message = {"role": "user", "content": "Hello"}
+    rows = [{"text": text, "messages": None} for text in (*DOCUMENTS[:2], None, *DOCUMENTS[2:4], None)]
+    rows += [{"text": None, "messages": []}, {"text": None, "messages": [message]}]
+    sparse, dense = tmp_path / f"sparse{suffix}", tmp_path / f"dense{suffix}"
+    for path, kept in ((sparse, rows), (dense, [row for row in rows if row["text"] or row["messages"]])):
+        if suffix == ".parquet":
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(kept), path)
+        else:
+            path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    found, expected = (calibration_tokens(tiny_llama, path, 5, 20) for path in (sparse, dense))
+    assert torch.equal(found, expected)
+
+
+def test_the_case_of_a_suffix_does_not_matter(tiny_llama, tmp_path):
+    for folder, suffixes in (("upper", (".JSONL", ".Parquet")), ("lower", (".jsonl", ".parquet"))):
+        (tmp_path / folder).mkdir()
+        rows = [{"text": text} for text in DOCUMENTS]
+        (tmp_path / folder / f"data{suffixes[0]}").write_text("\n".join(map(json.dumps, rows)))
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / folder / f"more{suffixes[1]}")
+    assert torch.equal(
+        *(calibration_tokens(tiny_llama, tmp_path / one, 10, 50) for one in ("upper", "lower"))
+    )
+    one = calibration_tokens(tiny_llama, tmp_path / "upper" / "data.JSONL", 4, 50)
+    assert torch.equal(one, calibration_tokens(tiny_llama, tmp_path / "lower" / "data.jsonl", 4, 50))
+
+
+def test_a_tokenizer_of_another_model_is_an_error_before_anything_is_written(
+    tiny_llama, tmp_path, monkeypatch
+):
+    class Larger:
+        eos_token_id = 1
+
+        def __call__(self, text, **options):
+            return {"input_ids": [600] * 100}
+
+    monkeypatch.setattr(calibration_data, "load_tokenizer", lambda folder: Larger())
+    settings = Settings(calibration="builtin", calibration_sequences=2, calibration_length=32)
+    with pytest.raises(PVQError, match="gives token 600, but the model's embedding has only 512 rows"):
+        quantize_checkpoint(tiny_llama, tmp_path / "out", settings)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_model_is_quantized_with_a_dataset(tiny_llama, dataset, tmp_path):
     settings = Settings(calibration=str(dataset), calibration_sequences=3, calibration_length=40)
     report = quantize_checkpoint(tiny_llama, tmp_path / "out", settings)
@@ -102,7 +161,12 @@ def test_windows_are_spread_over_the_whole_text(tiny_llama):
         ("image.txt", b"\xff\xfe\x00\xd8", r"image\.txt cannot be read as a UTF-8 text"),
         ("broken.jsonl", b'{"text": ', r"broken\.jsonl cannot be read as JSON lines"),
         ("list.jsonl", b"[1, 2]\n", r"list\.jsonl, line 1: not a JSON object"),
-        ("other.jsonl", b'{"body": "x"}\n', r"other\.jsonl has the columns body and needs 'text'"),
+        ("other.jsonl", b'{"body": "x"}\n', r"other\.jsonl, line 1 has the columns body and needs 'text'"),
+        ("number.jsonl", b'{"text": "x"}\n{"text": 5}\n', r"number\.jsonl, line 2: 'text' must be a string"),
+        ("words.jsonl", b'{"messages": ["x"]}\n', r"words\.jsonl, line 1: .* 'messages' a list of role"),
+        ("null.jsonl", b'{"text": null}\n', r"null\.jsonl has 0 tokens, fewer than 4 x 8"),
+        ("rows.json", b'[{"text": "x"}]', r"rows\.json: \.json files are not read: convert it to \.jsonl"),
+        ("rows.CSV", b"text\nx\n", r"rows\.CSV: \.csv files are not read: convert it to \.jsonl"),
         ("short.jsonl", b'{"text": "x"}\n', r"short\.jsonl has 2 tokens, fewer than 4 x 8"),
         ("empty.jsonl", b"", r"empty\.jsonl has 0 tokens, fewer than 4 x 8"),
         ("broken.parquet", b"PAR1", r"broken\.parquet cannot be read"),
@@ -117,6 +181,8 @@ def test_data_that_cannot_be_used_is_named(tiny_llama, tmp_path, name, content, 
 def test_folders_that_are_no_dataset_are_named(tiny_llama, tmp_path):
     with pytest.raises(PVQError, match=r"no \.parquet, \.jsonl or \.arrow file is in this folder"):
         calibration_tokens(tiny_llama, tmp_path, 1, 1)
+    with pytest.raises(PVQError, match=r"typo\.jsonl cannot be read .*No such file"):
+        calibration_tokens(tiny_llama, tmp_path / "typo.jsonl", 1, 1)
     (tmp_path / "train").mkdir()
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["train"]}')
     with pytest.raises(PVQError, match="holds the splits train: name one of these folders"):

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Squares of gradients against autograd on the whole model, and the weights of tokens that follow from them."""
 
+import gc
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PhiConfig, PhiForCausalLM
+from transformers import AutoModelForCausalLM, OPTConfig, PhiConfig, PhiForCausalLM
 
 from offline_quant import calibration, gradients
 from offline_quant.calibration import LayerwiseForward
@@ -11,6 +13,9 @@ from offline_quant.calibration_data import calibration_tokens
 from offline_quant.gradients import OutputGradients, output_gradients
 from offline_quant.hessian import HessianSum
 from offline_quant.model_source import ModelSource
+from offline_quant.part_worker import PartWorker
+from offline_quant.plan import Settings
+from offline_quant.quantize_checkpoint import quantize_checkpoint
 from pvq_vllm.codec.errors import PVQError
 
 LEADERS = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
@@ -86,6 +91,62 @@ def test_what_is_stored_comes_back():
     assert after.outputs.keys() == before.outputs.keys() and after.tokens.keys() == before.tokens.keys()
     assert torch.equal(after.outputs["a.b"], before.outputs["a.b"])
     assert torch.equal(after.tokens["c"], before.tokens["c"])
+
+
+def test_a_tensor_of_several_layers_is_stored_and_weighed_once(tiny_llama):
+    source = ModelSource.open(tiny_llama)
+    ids = calibration_tokens(tiny_llama, "builtin", 2, 64)
+    before = output_gradients(source, ids, 0, "cpu")
+    stored = before.to_tensors()
+    assert len([key for key in stored if key.startswith("tokens/")]) == 8 and len(before.tokens) == 14
+    after = OutputGradients.from_tensors(stored)
+    assert after.tokens.keys() == before.tokens.keys()
+    for found in (after.tokens, after.token_weights()):
+        assert len(found) == 14 and len({id(tensor) for tensor in found.values()}) == 8
+        q, k, v = (found[f"model.layers.1.self_attn.{one}_proj"] for one in "qkv")
+        assert q is k is v
+        assert found["model.layers.1.mlp.gate_proj"] is found["model.layers.1.mlp.up_proj"]
+
+
+@pytest.mark.parametrize("rate", [{}, {"target_bpw": 3.0}])
+def test_no_more_than_the_weights_of_layers_to_come_stay_in_memory(tiny_llama, tmp_path, monkeypatch, rate):
+    left = []
+    make = PartWorker.make
+
+    def watched(worker: PartWorker, index: int, progress) -> None:
+        make(worker, index, progress)
+        if worker.parts[index].layer is not None:
+            left.append({int(name.split(".")[2]) for name in worker._weights})
+            assert not any(type(one) is OutputGradients for one in gc.get_objects())
+
+    monkeypatch.setattr(PartWorker, "make", watched)
+    settings = Settings(calibration="builtin", calibration_sequences=2, calibration_length=32, **rate)
+    quantize_checkpoint(tiny_llama, tmp_path / "out", settings)
+    assert left == [{1}, set()]
+
+
+def test_learned_positions_need_only_reach_over_a_sequence(tmp_path, monkeypatch):
+    config = OPTConfig(
+        vocab_size=512,
+        hidden_size=64,
+        word_embed_proj_dim=64,
+        ffn_dim=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    source = ModelSource.open(tmp_path)
+    ids = torch.arange(3 * 48).reshape(3, 48)
+    monkeypatch.setattr(gradients, "_draw", lambda p, generator: p.argmax(dim=-1, keepdim=True))
+    parts = output_gradients(source, ids, 0, "cpu")
+    monkeypatch.setattr(gradients, "LOGIT_TOKENS", 512)  # two sequences of a batch at once
+    whole = output_gradients(source, ids, 0, "cpu")
+    assert len(whole.outputs) == 6
+    for name in whole.outputs:
+        torch.testing.assert_close(whole.outputs[name], parts.outputs[name], rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(whole.tokens[name], parts.tokens[name], rtol=1e-4, atol=1e-9)
 
 
 def test_weights_are_roots_of_mean_one():

@@ -69,14 +69,39 @@ def test_a_wrong_shape_is_refused_by_name(copy_of):
         ModelSource.open(folder)
 
 
+@pytest.mark.parametrize("other", [None, "model.layers.1.self_attn.rotary_emb.inv_freq", "embed_out.weight"])
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"])
-def test_a_missing_tensor_is_refused_by_name(copy_of, name):
+def test_a_missing_tensor_is_refused_by_name(copy_of, name, other):
+    """Also where there is a tensor that the model has no place for."""
     folder = copy_of()
     tensors = load_file(folder / "model.safetensors")
     del tensors[name]
+    if other:
+        tensors[other] = torch.zeros(8)
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(PVQError, match=f"no tensor '{re.escape(name)}'"):
+    with pytest.raises(
+        PVQError, match=f"no tensor '{re.escape(name)}'.*{re.escape(other or 'copy it again')}"
+    ):
         ModelSource.open(folder)
+
+
+def test_experts_and_routers_may_be_stored_under_other_names(tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=4, vocab_size=128)
+    MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    source = ModelSource.open(tmp_path)
+    assert [name.rpartition(".")[2] for name in source.linear_names(1)] == [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+    ]
+    modules = [name for layer in range(2) for name in source.linear_names(layer)]
+    weights = 2 * (4 * 3 * 64 * 96 + 4 * 64)
+    assert source.left_as_is(modules) == (weights, 16 * weights)
+    assert source.left_as_is([]) == (weights + 2 * 4 * 64 * 64, 16 * (weights + 2 * 4 * 64 * 64))
 
 
 def test_unusable_folders_are_refused_with_their_reason(copy_of, tmp_path):
@@ -86,6 +111,8 @@ def test_unusable_folders_are_refused_with_their_reason(copy_of, tmp_path):
     with pytest.raises(PVQError, match="already quantized"):
         edit_config(folder, quantization_config={"quant_method": "pvq"})
         ModelSource.open(folder)
+    edit_config(folder, quantization_config=None)
+    ModelSource.open(folder)
     folder = copy_of("qwen2")
     edit_config(folder, model_type="nothing-like-it")
     with pytest.raises(PVQError, match=r"config\.json.*'nothing-like-it'.*upgrade transformers"):
@@ -117,7 +144,7 @@ def test_the_fingerprint_sees_a_change_of_weights(copy_of):
     folder = copy_of()
     before = ModelSource.open(folder).fingerprint()
     assert ModelSource.open(folder).fingerprint() == before
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.norm.weight"] += 1
-    save_file(tensors, folder / "model.safetensors")
-    assert ModelSource.open(folder).fingerprint() != before
+    original = load_file(folder / "model.safetensors")
+    for name, tensor in original.items():
+        save_file({**original, name: -tensor}, folder / "model.safetensors")
+        assert ModelSource.open(folder).fingerprint() != before, name

@@ -141,6 +141,51 @@ def test_an_existing_folder_is_kept_unless_told_otherwise(tiny_llama, tmp_path):
         quantize(tiny_llama, tmp_path / "no" / "where", PLAIN)
 
 
+def test_the_model_itself_is_never_replaced(tiny_llama, tmp_path, monkeypatch):
+    (tmp_path / "hub").mkdir()
+    model = shutil.copytree(tiny_llama, tmp_path / "hub" / "model.partial")
+    shutil.copy(model / "config.json", tmp_path / "hub")
+    (tmp_path / "link").symlink_to(model)
+    monkeypatch.chdir(model)
+    before = contents(tmp_path)
+    for out in (
+        model,
+        tmp_path / "hub",
+        tmp_path / "hub" / "model",
+        tmp_path / "link",
+        Path("."),
+        Path(".."),
+    ):
+        with pytest.raises(PVQError, match="is, or holds, the model to quantize: name another OUT"):
+            quantize(model, out, PLAIN, overwrite=True)
+    assert contents(tmp_path) == before
+
+
+def test_a_run_is_not_continued_by_another_program(tiny_llama, tmp_path, monkeypatch):
+    def stop(name, weights):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(tiny_llama, tmp_path / "out", CALIBRATED, progress=stop)
+    with monkeypatch.context() as patch:
+        patch.setattr(quantize_checkpoint, "program_digest", lambda: "another version")
+        with pytest.raises(PVQError, match="was made with another program: repeat"):
+            quantize(tiny_llama, tmp_path / "out", CALIBRATED, resume=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(quantize_checkpoint, "forward_dtype", lambda device: torch.float64)
+        with pytest.raises(PVQError, match="was made with another forward_dtype: repeat"):
+            quantize(tiny_llama, tmp_path / "out", CALIBRATED, resume=True)
+    quantize(tiny_llama, tmp_path / "out", CALIBRATED, resume=True)
+
+
+def test_a_snapshot_of_the_cache_has_the_name_of_its_model(tiny_llama, tmp_path):
+    folder = tmp_path / "models--Maker--Model-1B" / "snapshots" / "060db64"
+    shutil.copytree(tiny_llama, folder)
+    report = quantize(folder, tmp_path / "out", PLAIN)
+    assert report["base_model"] == "Maker/Model-1B"
+    assert report["command"].startswith("pvq quantize Maker/Model-1B OUT ")
+
+
 def test_a_failed_run_leaves_the_existing_folder_alone(tiny_llama, tmp_path):
     out = tmp_path / "out"
     quantize(tiny_llama, out, PLAIN)
