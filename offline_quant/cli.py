@@ -30,7 +30,9 @@ from pvq_vllm.codec.errors import PVQError
 def quantize(
     model: Annotated[Path, typer.Argument(help="Local Hugging Face folder with safetensors.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; it is moved into place at the end.")],
-    bits: Annotated[str, typer.Option(help="Bits a weight of the linear layers: 2, 3, 4 or 8.")] = "4",
+    bits: Annotated[
+        str | None, typer.Option(help="Bits a weight of the linear layers: 2, 3, 4 (the default) or 8.")
+    ] = None,
     codebook: Annotated[
         str, typer.Option(help="'serving' (as --bits says) or 'canonical' (with the next three options).")
     ] = "serving",
@@ -103,11 +105,18 @@ def quantize(
             "of at most N) or none; auto: residual:128 where the model allows it, else block:128."
         ),
     ] = "block:128",
-    seed: Annotated[int, typer.Option(help="Seed of the rotation.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            help="Seed of whatever is drawn: signs of the rotation, labels of the gradients, sampled tokens, order of "
+            "tuning."
+        ),
+    ] = 0,
     tensor_parallel: Annotated[
         int,
         typer.Option(
-            help="Largest tensor-parallel size to serve with: rotates o_proj and down_proj in so many blocks."
+            help="Largest tensor-parallel size to serve with: o_proj and down_proj are rotated in blocks that so many "
+            "ranks can share."
         ),
     ] = 1,
     activation: Annotated[
@@ -143,10 +152,20 @@ def quantize(
     if threads is not None and threads < 1:
         raise PVQError(f"--threads is {threads}, but must be at least 1")
     torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    if target_bpw is not None and (bits is not None or codebook != "serving"):
+        given = "--bits" if bits is not None else "--codebook canonical"
+        raise PVQError(
+            f"{given} and --target-bpw exclude each other, since that chooses a rate for every module (from those that "
+            "--rate names): leave one out"
+        )
     canonical = (group_size, num_pulses, amplitude_bits)
     if codebook == "canonical":
         if None in canonical:
             raise PVQError("--codebook canonical needs --group-size, --num-pulses and --amplitude-bits")
+        if bits is not None:
+            raise PVQError(
+                "--bits belongs to --codebook serving: leave it out, K and D decide the rate of canonical"
+            )
         chosen = codebook_from_text(",".join(map(str, canonical)), "--codebook canonical")
     elif codebook != "serving":
         raise PVQError(f"--codebook is '{codebook}', but must be serving or canonical")
@@ -154,10 +173,10 @@ def quantize(
         raise PVQError(
             "--group-size, --num-pulses and --amplitude-bits belong to --codebook canonical: add it"
         )
-    elif bits not in ("2", "3", "4", "8"):
+    elif bits not in (None, "2", "3", "4", "8"):
         raise PVQError(f"--bits is '{bits}', but must be 2, 3, 4 or 8")
     else:
-        chosen = codebook_from_text(bits, "--bits")
+        chosen = codebook_from_text(bits or "4", "--bits")
     settings = Settings(
         codebook=chosen,
         overrides=tuple(parse_override(text) for text in override or []),
@@ -201,6 +220,10 @@ def quantize(
         f"{report['size_bytes_quantized'] / 1e6:,.1f} MB "
         f"(base {report['size_bytes_base'] / 1e6:,.1f} MB)"
     )
+    if report["unquantized_share"]:
+        console.print(
+            f"{report['unquantized_share']:.1%} of the weights in the layers stay as they are; the average counts them"
+        )
     if calibration is None:
         console.print(
             "rounded to nearest, for want of data: --calibration builtin, or better a text like those the model will "
@@ -275,8 +298,11 @@ def eval_(
 
     from .device import choose_device
     from .evaluate import evaluate, evaluation_text
-    from .model_card import add_evaluation
+    from .model_card import add_evaluation, check_card
+    from .whole_files import write_file
 
+    if threads is not None and threads < 1:
+        raise PVQError(f"--threads is {threads}, but must be at least 1")
     text, card = text or evaluation_text(), model / "README.md"
     dtypes = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
     if dtype not in dtypes:
@@ -285,6 +311,8 @@ def eval_(
         raise PVQError(f"--json {json_file}: its folder does not exist, create it first")
     if update_card and not card.is_file():
         raise PVQError(f"--update-card: there is no {card}: give a checkpoint that `pvq quantize` made")
+    if update_card:
+        check_card(card.read_text(encoding="utf-8"))
     torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
     console = Console(stderr=True)
     columns = (
@@ -313,12 +341,18 @@ def eval_(
             key, f"{result[key]:.4f}", "" if interval is None else f"{interval[0]:.4f} ... {interval[1]:.4f}"
         )
     Console().print(table)
-    if update_card:
-        card.write_text(add_evaluation(card.read_text(encoding="utf-8"), result, text.name), encoding="utf-8")
     if json_file is not None:
         try:
             json_file.write_text(json.dumps(result, indent=2) + "\n")
         except OSError as error:
             raise PVQError(
                 f"--json {json_file} cannot be written ({error.strerror}): name another file"
+            ) from error
+    if update_card:
+        content = add_evaluation(card.read_text(encoding="utf-8"), result, text.name)
+        try:
+            write_file(card, content.encode())
+        except OSError as error:
+            raise PVQError(
+                f"--update-card: {card} cannot be written ({error.strerror}): make its folder writable"
             ) from error

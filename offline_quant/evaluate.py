@@ -96,10 +96,8 @@ def load_model(folder: str | os.PathLike, dtype: torch.dtype, device: str = "cpu
     folder = Path(folder)
     if not folder.is_dir():
         raise PVQError(f"{folder} is not a folder: give the path of a local Hugging Face model")
-    if (
-        read_json(folder / "config.json", "model folder").get("quantization_config", {}).get("quant_method")
-        == "pvq"
-    ):
+    quantization = read_json(folder / "config.json", "model folder").get("quantization_config") or {}
+    if quantization.get("quant_method") == "pvq":
         import pvq_vllm.hf_quantizer  # noqa: F401  registers the quantization method
 
         check_checkpoint(folder)

@@ -8,7 +8,7 @@ from pvq_vllm.codec.errors import PVQError
 from pvq_vllm.codec.format import FORMAT_VERSION, CheckpointConfig, check_checkpoint, read_json
 from pvq_vllm.codec.safetensors_header import TensorInfo
 
-from .model_source import build_skeleton, decoder_layers_name, module_shapes, read_tensor
+from .model_source import build_skeleton, decoder_layers_name, left_as_is, module_shapes, read_tensor
 from .weight_quantizer import CHUNK_WEIGHTS, decode_levels
 
 
@@ -19,7 +19,7 @@ def inspect_checkpoint(folder: str | os.PathLike) -> dict:
     the sizes of the shards, and the range of every code and scale.
 
     Returns:
-        ``activation``, ``format_version``, ``bits_per_weight`` (decoder layers),
+        ``activation``, ``format_version``, ``bits_per_weight`` (all matrices of the decoder layers),
         ``bits_per_weight_with_head``, ``size_bytes``, ``verified``
         (True) and ``modules``: a list of dicts with name, codebook, out_features, in_features,
         rotation_blocks, bits_per_weight, and weight_snr_db and output_snr_db as the quantizer recorded them
@@ -53,23 +53,28 @@ def inspect_checkpoint(folder: str | os.PathLike) -> dict:
                 "output_snr_db": errors.get("output_snr_db"),
             }
         )
+    left = left_as_is(tensors, layers.removesuffix("."), config.modules)
     return {
         "folder": str(folder),
         "format_version": FORMAT_VERSION,
         "activation": config.activation,
-        "bits_per_weight": mean_bits([module for module in modules if module["name"].startswith(layers)]),
-        "bits_per_weight_with_head": mean_bits(modules),
+        "bits_per_weight": mean_bits(
+            [module for module in modules if module["name"].startswith(layers)], left
+        ),
+        "bits_per_weight_with_head": mean_bits(modules, left),
         "size_bytes": sum(info.nbytes for info in tensors.values()),
         "verified": True,
         "modules": modules,
     }
 
 
-def mean_bits(modules: list[dict]) -> float:
-    """Return the mean bits a weight over ``modules``, weighted by their sizes."""
+def mean_bits(modules: list[dict], left: tuple[int, int] = (0, 0)) -> float:
+    """Return the mean bits a weight over ``modules``, weighted by their sizes, and over ``left``, as ``left_as_is`` returns
+    it.
+    """
     sizes = [module["out_features"] * module["in_features"] for module in modules]
     bits = [module["bits_per_weight"] * size for module, size in zip(modules, sizes, strict=True)]
-    return sum(bits) / max(1, sum(sizes))
+    return (sum(bits) + left[1]) / max(1, sum(sizes) + left[0])
 
 
 def verify_codes(

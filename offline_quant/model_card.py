@@ -31,6 +31,16 @@ def model_card(base: Path, report: dict) -> str:
         ("Base model", report["base_model"]),
         ("Codebook", report["codebook"]),
         ("Bits per weight, layers", f"{report['bits_per_weight']:.3f}"),
+        *(
+            [
+                (
+                    "Left at their own bits",
+                    f"{report['unquantized_share']:.1%} of the layers' weights, counted here",
+                )
+            ]
+            if report["unquantized_share"]
+            else []
+        ),
         (
             "Bits per weight, head and embedding included where quantized",
             f"{report['bits_per_weight_with_head']:.3f}",
@@ -70,6 +80,18 @@ def model_card(base: Path, report: dict) -> str:
     return "\n".join([*front, *text]) + "\n"
 
 
+def check_card(card: str) -> None:
+    """Refuse a card that ``add_evaluation`` cannot take.
+
+    Raises:
+        PVQError: it has no table of facts any more.
+    """
+    if not any(line.startswith("| Calibration |") for line in card.split("\n")):
+        raise PVQError(
+            "README.md has no row '| Calibration |' to put the evaluation behind: restore the card"
+        )
+
+
 def add_evaluation(card: str, result: dict, text: str) -> str:
     """Return the model card with the numbers of an evaluation in its table, in the place of older ones.
 
@@ -86,11 +108,8 @@ def add_evaluation(card: str, result: dict, text: str) -> str:
         "Top-1 agreement with the base": f"{result['top1_agreement']:.4f}, {on}",
     }
     lines = [line for line in card.split("\n") if not line.startswith(tuple(f"| {name} |" for name in rows))]
+    check_card(card)
     places = [index for index, line in enumerate(lines) if line.startswith("| Calibration |")]
-    if not places:
-        raise PVQError(
-            "README.md has no row '| Calibration |' to put the evaluation behind: restore the card"
-        )
     new = [f"| {name} | {value} |" for name, value in rows.items()]
     return "\n".join([*lines[: places[0] + 1], *new, *lines[places[0] + 1 :]])
 

@@ -177,6 +177,11 @@ def plan_checkpoint(source: ModelSource, settings: Settings) -> CheckpointConfig
         PVQError: an override matches nothing, a shape is wrong, or an input width has no rotation or no
             groups; the sentence names the module and what to do.
     """
+    if not any(source.linear_names(layer) for layer in range(len(source.layers))):
+        raise PVQError(
+            f"{source.folder}: its decoder layers have no linear modules (nn.Linear), so nothing can be quantized: give "
+            "a model of another kind"
+        )
     chosen: dict[str, Codebook] = {}
     matched: set[str] = set()
     for layer in range(len(source.layers)):
@@ -191,7 +196,8 @@ def plan_checkpoint(source: ModelSource, settings: Settings) -> CheckpointConfig
     for pattern, value in settings.overrides:
         if pattern not in matched:
             raise PVQError(
-                f"--override '{pattern}={value}' matches no linear module: try 'mlp.down_proj={value}'"
+                f"--override '{pattern}={value}' matches no linear module of the decoder layers: try "
+                f"'mlp.down_proj={value}' (the head has --lm-head, the embedding --embeddings)"
             )
     if settings.lm_head_bits < 16 and source.head_name is not None:
         chosen[source.head_name] = CODEBOOK_OF_BITS[str(settings.lm_head_bits)]
@@ -206,6 +212,8 @@ def plan_checkpoint(source: ModelSource, settings: Settings) -> CheckpointConfig
         try:
             expected_tensors(name, codebook, out_features, in_features)
             blocks, orders = 0, []
+            if in_features % splits:
+                raise PVQError(f"in_features {in_features} cannot be divided among {splits} ranks")
             if settings.rotation != "none" and not source.is_rotated_offline(name):
                 blocks, orders = rotation_layout(in_features, splits, settings.max_block)
         except PVQError as error:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """From an average rate to a codebook for every module: which are possible, and which are chosen.
 
-The average is over the linear modules of the decoder layers, row scales included, as in report.json's
-``bits_per_weight``. A module that an --override names keeps that rate and counts. Modules that vLLM fuses
-(q, k, v; gate, up) may get different rates: a fused layer holds segments of any codebooks.
+The average is over the matrices of the decoder layers, row scales included, as in report.json's
+``bits_per_weight``. A module that an --override names keeps that rate and counts, and so does what is not quantized.
+Modules that vLLM fuses (q, k, v; gate, up) may get different rates: a fused layer holds segments of any codebooks.
 """
 
 import math
@@ -55,8 +55,10 @@ def rate_candidates(
                 books.insert(0, below)
     smallest = smallest_average(source, candidates)
     if smallest > settings.target_bpw:
+        left = source.left_as_is(candidates)[0]
+        rest = f", together with {left:,} weights of the layers that stay as they are" if left else ""
         raise PVQError(
-            f"--target-bpw {settings.target_bpw:g}: the smallest rates take {smallest:.4f} bits a weight: raise "
+            f"--target-bpw {settings.target_bpw:g}: the smallest rates take {smallest:.4f} bits a weight{rest}: raise "
             "it, or add a smaller --rate D,K,b of the canonical codebook"
         )
     return candidates
@@ -78,8 +80,9 @@ def module_bits(codebook: Codebook, shape: tuple[int, int]) -> int:
 def smallest_average(source: ModelSource, candidates: Mapping[str, list[Codebook]]) -> float:
     """Return the bits a weight when every module gets its smallest rate."""
     shapes = {name: source.weight_shape(name) for name in candidates}
+    left, left_bits = source.left_as_is(candidates)
     bits = sum(min(module_bits(book, shapes[name]) for book in books) for name, books in candidates.items())
-    return bits / sum(map(math.prod, shapes.values()))
+    return (bits + left_bits) / (sum(map(math.prod, shapes.values())) + left)
 
 
 def choose_rates(
@@ -97,7 +100,8 @@ def choose_rates(
         PVQError: even the smallest rates take more.
     """
     shapes = {name: source.weight_shape(name) for name in candidates}
-    budget = math.floor(target_bpw * sum(map(math.prod, shapes.values())))
+    left, left_bits = source.left_as_is(candidates)
+    budget = math.floor(target_bpw * (sum(map(math.prod, shapes.values())) + left)) - left_bits
     for unmeasured in (-1, 0):  # the largest rate, or the smallest if the others cannot pay for that
         possible: dict[str, list[Codebook]] = {}
         for name, books in candidates.items():

@@ -5,6 +5,7 @@ interrupted writes the same report as one that was not.
 
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
@@ -44,6 +45,7 @@ def make_report(
     sizes = {name: entry["out_features"] * entry["in_features"] for name, entry in modules.items()}
     bits = {name: entry["bits_per_weight"] * sizes[name] for name, entry in modules.items()}
     inner = [name for name in modules if name not in outside]
+    left, left_bits = source.left_as_is(modules)
     books = Counter(
         modules[name]["codebook"] for name in sorted(inner, key=lambda name: bits[name] / sizes[name])
     )
@@ -51,8 +53,8 @@ def make_report(
     threads = None if settings.calibration is None else torch.get_num_threads()
     stored = sum(tensor_bytes(*tensor) for shard in shards for tensor in shard.values())
     return {
-        "base_model": source.folder.resolve().name,
-        "command": command_line(source.folder.resolve().name, settings, threads),
+        "base_model": model_name(source.folder),
+        "command": command_line(model_name(source.folder), settings, threads),
         "codebook": ", ".join(f"{book} ({count})" for book, count in books.items())
         if len(books) > 1
         else str(config.codebook),
@@ -63,12 +65,23 @@ def make_report(
         "calibration_tokens": settings.calibration_sequences * settings.calibration_length
         if settings.calibration is not None
         else 0,
-        "bits_per_weight": sum(bits[name] for name in inner) / max(1, sum(sizes[name] for name in inner)),
-        "bits_per_weight_with_head": sum(bits.values()) / sum(sizes.values()),
+        "bits_per_weight": (sum(bits[name] for name in inner) + left_bits)
+        / max(1, sum(sizes[name] for name in inner) + left),
+        "bits_per_weight_with_head": (sum(bits.values()) + left_bits) / (sum(sizes.values()) + left),
+        "unquantized_share": left / max(1, sum(sizes[name] for name in inner) + left),
         "size_bytes_base": source.num_bytes,
         "size_bytes_quantized": stored,
         "modules": modules,
     }
+
+
+def model_name(folder: Path) -> str:
+    """Return the name of the folder, or of the model if it is a snapshot in a Hugging Face cache."""
+    folder = folder.absolute()
+    cached = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and cached.startswith("models--"):
+        return cached.removeprefix("models--").replace("--", "/", 1)
+    return folder.resolve().name
 
 
 def timings(reports: list[dict], kept: Mapping[str, float]) -> dict:

@@ -130,6 +130,25 @@ def test_canonical_codebook_from_the_command_line(tiny_llama, tmp_path, capsys):
         (["--codebook", "grid"], "--codebook is 'grid'"),
         (["--codebook", "canonical"], "needs --group-size, --num-pulses and --amplitude-bits"),
         (["--group-size", "8"], "belong to --codebook canonical"),
+        (["--bits", "3", "--target-bpw", "3.4"], "--bits and --target-bpw exclude each other"),
+        (["--codebook", "canonical", "--target-bpw", "3.4"], "--codebook canonical and --target-bpw exclude"),
+        (
+            [
+                "--codebook",
+                "canonical",
+                "--group-size",
+                "8",
+                "--num-pulses",
+                "8",
+                "--amplitude-bits",
+                "4",
+                "--bits",
+                "3",
+            ],
+            "--bits belongs to --codebook serving",
+        ),
+        (["--tensor-parallel", "3", "--rotation", "none"], "in_features 128 cannot be divided among 3 ranks"),
+        (["--override", "lm_head=4"], "the head has --lm-head"),
         (["--calibration", "nowhere.txt"], "--calibration nowhere.txt: there is no such file"),
         (["--seed", "-1"], "--seed is -1"),
         (["--tensor-parallel", "0"], "--tensor-parallel is 0"),
@@ -165,6 +184,7 @@ def test_mistakes_of_the_other_commands(tiny_llama, tmp_path, capsys):
             "--json no/where.json",
         ),
         (["quantize", str(tiny_llama), str(tmp_path / "a" / "b")], "does not exist: create it first"),
+        (["eval", str(tiny_llama), "--reference", str(tiny_llama), "--threads", "0"], "--threads is 0"),
     ):
         assert main(arguments) == 2
         assert says in capsys.readouterr().err.replace("\n", " ")

@@ -44,5 +44,7 @@ def test_a_width_that_no_block_divides_is_named_with_the_remedy(narrow_model):
 
 
 def test_too_many_ranks_for_a_width_say_so(tiny_llama):
-    with pytest.raises(PVQError, match=r"o_proj: in_features 128 .*: lower --tensor-parallel, or leave it"):
+    with pytest.raises(
+        PVQError, match=r"o_proj: in_features 128 .* 3 ranks: lower --tensor-parallel, or leave it"
+    ):
         plan_checkpoint(ModelSource.open(tiny_llama), Settings(tensor_parallel=3))

@@ -11,7 +11,7 @@ from offline_quant.plan import Settings, codebook_from_text
 from offline_quant.quantize_checkpoint import quantize_checkpoint
 from offline_quant.rate_plan import choose_rates
 from pvq_vllm.codec.errors import PVQError
-from pvq_vllm.codec.format import check_checkpoint
+from pvq_vllm.codec.format import check_checkpoint, read_shard_headers
 
 CALIBRATED = {"calibration": "builtin", "calibration_sequences": 2, "calibration_length": 48}
 # The smallest module of the tiny model is a 30th of its weights: no closer can an average come.
@@ -40,7 +40,7 @@ def test_the_average_is_kept_and_used_and_the_loss_falls_with_it(tiny_llama, tmp
 
 def test_rates_and_overrides_are_respected(tiny_llama, tmp_path):
     overrides = (("q_proj", "8"), (r"layers\.0\.mlp\.down", "16"))
-    settings = average_settings(3.5, rates=("2", "16,27,3", "4"), overrides=overrides)
+    settings = average_settings(5.5, rates=("2", "16,27,3", "4"), overrides=overrides)
     report = quantize_checkpoint(tiny_llama, tmp_path / "out", settings)
     config = check_checkpoint(tmp_path / "out")[0]
     chosen = {name: str(spec.codebook) for name, spec in config.modules.items()}
@@ -48,7 +48,22 @@ def test_rates_and_overrides_are_respected(tiny_llama, tmp_path):
     assert all(book == "int8" for name, book in chosen.items() if "q_proj" in name)
     others = {book for name, book in chosen.items() if "q_proj" not in name and name != "lm_head"}
     assert others <= {"pvq2", "canonical(16,27,3)", "pvq4"} and len(others) > 1
-    assert 3.5 - 2 * STEP < report["bits_per_weight"] <= 3.5
+    assert 5.5 - 2 * STEP < report["bits_per_weight"] <= 5.5  # what stays at 16 bits is counted
+    assert inspect_checkpoint(tmp_path / "out")["bits_per_weight"] == pytest.approx(report["bits_per_weight"])
+    stored = read_shard_headers(tmp_path / "out")
+    kinds = ("_packed", "_scale", "_levels", "_proj.weight")
+    bits = 8 * sum(
+        info.nbytes for name, info in stored.items() if ".layers." in name and name.endswith(kinds)
+    )
+    weights = 2 * (128 * 128 * 2 + 64 * 128 * 2 + 3 * 128 * 192)
+    assert report["bits_per_weight"] == pytest.approx(bits / weights, rel=0.01)  # but for the levels
+    assert report["unquantized_share"] == pytest.approx(128 * 192 / weights)
+    with pytest.raises(
+        PVQError, match=r"take 4\.3083 bits a weight, together with 24,576 weights of the layers that stay"
+    ):
+        quantize_checkpoint(
+            tiny_llama, tmp_path / "less", average_settings(3.5, rates=("2", "4"), overrides=overrides)
+        )
 
 
 def test_two_runs_agree_and_an_interrupted_one_resumes_to_the_same_bytes(tiny_llama, tmp_path, killer):
@@ -95,7 +110,7 @@ def test_mistakes_are_sentences(tiny_llama, tmp_path):
 
 def test_a_module_that_no_token_reached_gets_what_the_others_leave():
     """Its largest rate within the target, 3.125 bits, or its smallest where the other module takes 4.125."""
-    source = SimpleNamespace(weight_shape=lambda name: (128, 128))
+    source = SimpleNamespace(weight_shape=lambda name: (128, 128), left_as_is=lambda modules: (0, 0))
     two, three, four = (codebook_from_text(bits, "") for bits in "234")
     candidates = {"expert": [three, two], "other": [two, four]}
     losses = {"other": {"pvq2": 1.0, "pvq4": 0.1}}

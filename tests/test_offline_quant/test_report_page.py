@@ -147,7 +147,7 @@ def test_the_command_leads_to_the_same_settings(tmp_path, monkeypatch, settings)
 
     def record(model, out, settings, *rest):
         found.append(settings)
-        return {"bits_per_weight": 0, "size_bytes_quantized": 0, "size_bytes_base": 0}
+        return {"bits_per_weight": 0, "size_bytes_quantized": 0, "size_bytes_base": 0, "unquantized_share": 0}
 
     monkeypatch.setattr(module, "quantize_checkpoint", record)
     app = typer.Typer()
@@ -179,3 +179,6 @@ def test_the_card_tells_the_command_and_takes_an_evaluation(tiny_llama, tmp_path
     assert kept == plain.split("\n")
     with pytest.raises(PVQError, match=r"--update-card: there is no .*README\.md"):
         cli.eval_(tiny_llama, **arguments)
+    card.write_text("rewritten")
+    with pytest.raises(PVQError, match=r"no row '\| Calibration \|'"):  # before the evaluation
+        cli.eval_(tmp_path / "out", reference=tmp_path / "nowhere", update_card=True)
