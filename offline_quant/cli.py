@@ -24,6 +24,8 @@ from rich.table import Table
 
 from pvq_vllm.codec.errors import PVQError
 
+ENOUGH_TOKENS = 8  # of calibration, for each column of the widest input
+
 # Heavy imports (torch, transformers) happen inside the commands, so that --help answers at once.
 
 
@@ -228,6 +230,12 @@ def quantize(
         console.print(
             "rounded to nearest, for want of data: --calibration builtin, or better a text like those the model will "
             "see, leaves a sixth of the KL divergence or less"
+        )
+    widest = max((module["in_features"] for module in report["modules"].values()), default=0)
+    if calibration is not None and report["calibration_tokens"] < ENOUGH_TOKENS * widest:
+        console.print(
+            f"{report['calibration_tokens']:,} tokens of calibration are few for inputs of {widest} columns: "
+            "--calibration-sequences 128 --calibration-length 2048 fits the codes to them less"
         )
     if evaluate:
         eval_(out, reference=model, update_card=True, device=device, threads=threads)

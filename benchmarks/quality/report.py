@@ -24,17 +24,18 @@ def table(records: list[dict]) -> str:
     weight_only = [record for record in records if record["family"] not in (NOT_WEIGHT_ONLY, VARIANT)]
     front = {record["key"] for record in pareto_front(weight_only)}
     lines = [
-        "| method | bits a weight | KL divergence (95%) | perplexity | top-1 agreement |",
-        "| --- | --- | --- | --- | --- |",
+        "| method | bits a weight | KL divergence (95%) | perplexity | top-1 agreement | device, commit |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for record in sorted(records, key=lambda r: (r["bits_per_weight"], r["kl_divergence"])):
         mark = "**" if record["key"] in front and record["bits_per_weight"] < 16 else ""
         interval = record["kl_divergence_ci95"]  # None for a single sequence
+        agreement = "" if record["top1_agreement"] is None else f"{record['top1_agreement']:.3f}"
         spread = "" if interval is None else f" ({interval[0]:.3f} to {interval[1]:.3f})"
         lines.append(
             f"| {mark}{record['label']}{mark} | {record['bits_per_weight']:.3f} | "
             f"{record['kl_divergence']:.4f}{spread} | {record['perplexity']:.2f} | "
-            f"{record['top1_agreement']:.3f} |"
+            f"{agreement} | {record['device']} {record['commit'][:7]} |"
         )
     return "\n".join(lines)
 

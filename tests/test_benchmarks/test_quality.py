@@ -80,6 +80,7 @@ def _record(key: str, bits: float, kl: float) -> dict:
     return {
         "key": key, "family": "x", "label": key, "bits_per_weight": bits, "kl_divergence": kl,
         "kl_divergence_ci95": [kl, kl], "perplexity": 10.0 + kl, "top1_agreement": 0.5,
+        "device": "cpu", "commit": "0123456789",
     }  # fmt: skip
 
 
@@ -88,6 +89,7 @@ def test_pareto_front_keeps_what_nothing_beats():
     assert [record["key"] for record in pareto_front(records)] == ["a", "c"]
     assert "**a**" in table(records)
     assert "**b**" not in table(records)
+    assert table(records).split("\n")[2].endswith("| 0.500 | cpu 0123456 |")
 
 
 def test_a_row_of_one_sequence_has_no_interval():

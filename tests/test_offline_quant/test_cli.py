@@ -81,6 +81,7 @@ def test_quantize_says_what_calibration_would_gain_and_measures_when_asked(tiny_
     printed = capsys.readouterr()
     assert "--calibration builtin" not in " ".join(printed.err.split())
     assert "kl_divergence" not in printed.out and "KL divergence" not in card_of(out)
+    assert "128 tokens of calibration are few for inputs of 192 columns" in " ".join(printed.err.split())
 
 
 def card_of(folder):

@@ -147,7 +147,14 @@ def test_the_command_leads_to_the_same_settings(tmp_path, monkeypatch, settings)
 
     def record(model, out, settings, *rest):
         found.append(settings)
-        return {"bits_per_weight": 0, "size_bytes_quantized": 0, "size_bytes_base": 0, "unquantized_share": 0}
+        return {
+            "bits_per_weight": 0,
+            "size_bytes_quantized": 0,
+            "size_bytes_base": 0,
+            "unquantized_share": 0,
+            "modules": {},
+            "calibration_tokens": 0,
+        }
 
     monkeypatch.setattr(module, "quantize_checkpoint", record)
     app = typer.Typer()

@@ -4,7 +4,8 @@
     python generate_in_vllm.py REQUEST.json ANSWER.json
 
 REQUEST: {"prompts": [[token id]], "max_tokens": n, "runs": [keyword arguments of LLM]}. ANSWER: for every run
-the generated ids and, where vLLM runs in this process, the bytes of every parameter.
+the generated ids, the mean of -log p over the prompts' tokens but the first of each, and, where vLLM runs in this
+process, the bytes of every parameter.
 """
 
 import json
@@ -18,13 +19,23 @@ def main(request_path: str, answer_path: str) -> None:
     from vllm.distributed import cleanup_dist_env_and_memory
 
     request = json.loads(Path(request_path).read_text())
-    sampling = SamplingParams(temperature=0, max_tokens=request["max_tokens"], ignore_eos=True)
+    sampling = SamplingParams(
+        temperature=0, max_tokens=request["max_tokens"], ignore_eos=True, prompt_logprobs=0
+    )
     prompts = [{"prompt_token_ids": prompt} for prompt in request["prompts"]]
     answers = []
     for arguments in request["runs"]:
         llm = LLM(dtype="float32", max_model_len=128, max_num_seqs=4, **arguments)
         outputs = llm.generate(prompts, sampling, use_tqdm=False)
-        answer = {"token_ids": [list(output.outputs[0].token_ids) for output in outputs]}
+        losses = [
+            -given[token].logprob
+            for output in outputs
+            for token, given in zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
+        ]
+        answer = {
+            "token_ids": [list(output.outputs[0].token_ids) for output in outputs],
+            "prompt_loss": sum(losses) / len(losses),
+        }
         if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0":
             (answer["parameter_bytes"],) = llm.apply_model(
                 lambda model: {name: parameter.nbytes for name, parameter in model.named_parameters()}

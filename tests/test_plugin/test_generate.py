@@ -13,6 +13,7 @@ Every engine start costs 20 seconds and more, hence few of them, each in a proce
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -32,6 +33,9 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 PROMPTS = [[(7 * i + 11 * j) % 510 + 2 for i in range(20)] for j in range(3)]
 MAX_TOKENS = 12
+PERPLEXITY = (
+    0.0005  # relative; random models have nearly the same, and 0.0014 is what quantization alone changes
+)
 MARGIN = 0.05  # of the standard deviation of the logits; a wrong weight puts tokens off by 1 and more
 
 
@@ -83,15 +87,26 @@ def worst_choice(model, token_ids: list[list[int]]) -> float:
     return float(((logits.amax(2) - chosen) / logits.std(2)).max())
 
 
-def check(folder: Path, base: Path, token_ids: list[list[int]], activation: str = "a8") -> None:
+@torch.inference_mode()
+def prompt_loss(model) -> float:
+    """Return the mean of -log p of the prompts' tokens, but the first of each."""
+    prompts = torch.tensor(PROMPTS)
+    logits = model(prompts).logits[:, :-1].float()
+    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), prompts[:, 1:].flatten()))
+
+
+def check(folder: Path, base: Path, answer: dict, activation: str = "a8") -> None:
+    token_ids = answer["token_ids"]
     config = AutoConfig.from_pretrained(folder)
     config.quantization_config["activation"] = activation
     assert all(len(chosen) == MAX_TOKENS for chosen in token_ids)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, config=config)
     print("WORST", worst_choice(model, token_ids))
+    assert math.exp(abs(answer["prompt_loss"] - prompt_loss(model))) <= 1 + PERPLEXITY
     assert worst_choice(model, token_ids) <= MARGIN
     control = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     print("CONTROL", worst_choice(control, token_ids))
+    assert math.exp(abs(answer["prompt_loss"] - prompt_loss(control))) > 1 + 2 * PERPLEXITY
     assert worst_choice(control, token_ids) > 10 * MARGIN
 
 
@@ -106,22 +121,22 @@ def test_three_architectures_and_dummy_weights_eager(folders, tiny_model_folder,
     dummy = {"model": folders["qwen3-tied"], "enforce_eager": True, "load_format": "dummy"}
     *answers, from_folded, from_dummy = generate(tmp_path, [*runs, dummy], VLLM_ENABLE_V1_MULTIPROCESSING="0")
     for (name, folder), answer in zip(folders.items(), answers, strict=True):
-        check(folder, tiny_model_folder(name), answer["token_ids"])
+        check(folder, tiny_model_folder(name), answer)
         sizes = answer["parameter_bytes"]
         assert not [parameter for parameter in sizes if parameter.endswith(("weight_packed", "_proj.weight"))]
         # gate: 4 bits, up: 3 bits, of 192 x 128 weights each; nothing else may be kept
         assert sizes["model.layers.0.mlp.gate_up_proj.pvq_weight"] == 192 * 128 * 7 // 8
-    check(folded, tiny_model_folder("qwen2"), from_folded["token_ids"])
+    check(folded, tiny_model_folder("qwen2"), from_folded)
     assert all(len(chosen) == MAX_TOKENS for chosen in from_dummy["token_ids"])
 
 
 def test_compiled(folders, tiny_model_folder, tmp_path):
     (answer,) = generate(tmp_path, [{"model": folders["llama"]}])
-    check(folders["llama"], tiny_model_folder("llama"), answer["token_ids"])
+    check(folders["llama"], tiny_model_folder("llama"), answer)
 
 
 def test_two_ranks_in_the_other_activation_mode(folders, tiny_model_folder, tmp_path):
     """Each rank quantizes its part of an activation with its own scale; with a16 the difference is small."""
     run = {"model": folders["qwen2"], "enforce_eager": True, "tensor_parallel_size": 2}
     (answer,) = generate(tmp_path, [run], VLLM_CPU_OMP_THREADS_BIND="0|1", PVQ_ACTIVATION="a16")
-    check(folders["qwen2"], tiny_model_folder("qwen2"), answer["token_ids"], activation="a16")
+    check(folders["qwen2"], tiny_model_folder("qwen2"), answer, activation="a16")
