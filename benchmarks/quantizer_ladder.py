@@ -7,19 +7,23 @@ H is that of the model itself (no layer before it quantized), in the rotated coo
 """
 
 import argparse
+import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from offline_quant import canonical_quantizer
 from offline_quant.calibration import LayerwiseForward
 from offline_quant.calibration_data import calibration_text, tokenize, windows
 from offline_quant.error_feedback import descend, feedback, fit_scale
 from offline_quant.hessian import RotatedHessian
 from offline_quant.model_source import ModelSource
+from offline_quant.plan import codebook_from_text
 from offline_quant.rotation import rotate_rows
 from pvq_vllm import ops
+from pvq_vllm.codec.format import Codebook
 from pvq_vllm.codec.rotation import Rotation, rotation_layout
 from pvq_vllm.codec.serving import SERVING
 
@@ -32,6 +36,11 @@ def main() -> None:
     parser.add_argument("--text", type=Path, default=calibration_text())
     parser.add_argument("--layers", type=lambda text: [int(part) for part in text.split(",")], default=[0])
     parser.add_argument("--bits", choices="234", default="4")
+    parser.add_argument(
+        "--canonical",
+        metavar="D,K,b",
+        help="this codebook instead of --bits; D = 144 where 128 divides no row",
+    )
     parser.add_argument("--sequences", type=int, default=24)
     arguments = parser.parse_args()
     source = ModelSource.open(arguments.model)
@@ -45,7 +54,11 @@ def main() -> None:
             forward.advance(layer)
         for name, total in sums.items():
             weight = source.read(f"{name}.weight").float()
-            steps = dict(ladder(weight, total.mean(), f"pvq{arguments.bits}"))
+            if arguments.canonical:
+                codebook = codebook_from_text(arguments.canonical, "--canonical")
+                steps = dict(canonical_ladder(weight, total.mean(), codebook))
+            else:
+                steps = dict(ladder(weight, total.mean(), f"pvq{arguments.bits}"))
             print(f"{name:45}" + "".join(f"{value:8.3f}" for value in steps.values()), flush=True)
             for step, value in steps.items():
                 found.setdefault(step, []).append(value)
@@ -85,6 +98,34 @@ def ladder(weight: torch.Tensor, hessian: torch.Tensor, name: str) -> Iterator[t
         descend(w, codes, q, prepared, name, 1, scale)
         scale = fitted(q)
         yield f"descent, pass {number}, and scales fitted", snr(q, scale)
+
+
+def canonical_ladder(
+    weight: torch.Tensor, hessian: torch.Tensor, codebook: Codebook
+) -> Iterator[tuple[str, float]]:
+    """Yield (step, output SNR in dB) in the order of the steps."""
+    width = weight.shape[1]
+    if width % codebook.group_size:  # 576 columns have no groups of 128
+        codebook = dataclasses.replace(codebook, group_size=144, num_pulses=codebook.num_pulses * 144 // 128)
+    blocks, factors = rotation_layout(width, 1)
+    rotation = Rotation(0, width, blocks, factors)
+    w, prepared = rotate_rows(weight, rotation), RotatedHessian.of(hessian, rotation)
+    damped = prepared.hessian + prepared.damping * torch.eye(width)
+
+    def energy(error: torch.Tensor) -> float:
+        return ((error @ prepared.hessian) * error).sum(dtype=torch.float64).item()
+
+    def snr() -> float:
+        return 10 * math.log10(energy(w) / energy(w - codes.q.float() * scale[:, None]))
+
+    codes, scale = canonical_quantizer.quantize_with_feedback(w, prepared.factor, codebook, "lloyd_max")
+    yield "error feedback in the group's metric", snr()
+    scale = fit_scale(w, codes.q.float(), prepared.hessian, scale)
+    yield "  and scales fitted", snr()
+    for number in range(1, PASSES + 1):
+        canonical_quantizer.descend(w, codes, damped, codebook, scale)
+        scale = fit_scale(w, codes.q.float(), prepared.hessian, scale)
+        yield f"descent, pass {number}, and scales fitted", snr()
 
 
 if __name__ == "__main__":

@@ -109,6 +109,11 @@ def _inverse_upper(upper: torch.Tensor) -> torch.Tensor:
     return torch.linalg.solve_triangular(upper, identity, upper=True)
 
 
+def factor_of_block(block: torch.Tensor) -> torch.Tensor:
+    """Return the upper U, float32 [D, D], with M = U^-1 U^-T for M, positive definite."""
+    return _inverse_upper(_reversed_cholesky(block.double())).float()
+
+
 def rotate_hessian(hessian: torch.Tensor, rotation) -> torch.Tensor:
     """Return R H R^T, the Hessian of the rotated activations R x; ``hessian`` itself when ``rotation`` is
     None.

@@ -18,6 +18,7 @@ from pvq_vllm.codec.errors import PVQError
 from pvq_vllm.codec.format import Codebook
 from pvq_vllm.codec.serving import SERVING
 
+from . import canonical_quantizer
 from .canonical_quantizer import quantize_with_feedback
 from .error_feedback import DESCENT_PASSES, descend, feedback, fit_scale
 from .hessian import RotatedHessian
@@ -164,9 +165,18 @@ def _quantize_canonical(
         packed, levels, scale = encode_canonical(rotated, *sizes, amplitude)
         tensors = {"weight_packed": packed, "weight_levels": levels, "weight_scale": scale}
     else:
-        tensors, q, scale = quantize_with_feedback(rotated, hessian.factor.cpu(), codebook, amplitude)
-        fitted = fit_scale(rotated, q.float(), metric, scale)
-        tensors["weight_scale"] = torch.where(scale > 0, fitted, 0.0).to(torch.float16)
+        codes, scale = quantize_with_feedback(rotated, hessian.factor.cpu(), codebook, amplitude)
+        damped = metric + hessian.damping * torch.eye(len(metric))
+        fitted = torch.where(scale > 0, scale, 1.0)
+        for _ in range(DESCENT_PASSES):
+            fitted = fit_scale(rotated, codes.q.float(), metric, fitted)
+            canonical_quantizer.descend(rotated, codes, damped, codebook, fitted)
+        fitted = fit_scale(rotated, codes.q.float(), metric, fitted)
+        tensors = {
+            "weight_packed": codes.packed(codebook),
+            "weight_levels": codes.levels,
+            "weight_scale": torch.where(scale > 0, fitted, 0.0).to(torch.float16),
+        }
     approximation = dequantize_rotated(tensors, codebook, weight.shape[1])
     energy = _Energy()
     energy.add(rotated, rotated - approximation, metric)

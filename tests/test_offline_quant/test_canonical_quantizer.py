@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from offline_quant.canonical_quantizer import quantize_with_feedback
+from offline_quant.canonical_quantizer import descend, quantize_with_feedback
 from offline_quant.hessian import RotatedHessian
 from offline_quant.weight_quantizer import dequantize_rotated, quantize_weight
 from pvq_vllm.canonical_ops import encode_groups, fit_levels, refine_groups
@@ -33,9 +33,10 @@ def test_feedback_equals_the_plain_loop_over_groups(group, amplitude):
     weight = torch.randn(rows, width, generator=GENERATOR)
     weight[5] = 0
     hessian = RotatedHessian.of(correlated_hessian(width), None)
-    tensors, q, scale = quantize_with_feedback(weight, hessian.factor, codebook, amplitude)
+    codes, scale = quantize_with_feedback(weight, hessian.factor, codebook, amplitude)
+    q = codes.q
     levels, expected_scale = fit_levels(weight, group, 2 * group, 3, amplitude)
-    assert torch.equal(levels, tensors["weight_levels"]) and torch.equal(scale, expected_scale)
+    assert torch.equal(levels, codes.levels) and torch.equal(scale, expected_scale)
     assert scale[5] == 0
 
     damped = torch.linalg.inv(hessian.factor.double().T @ hessian.factor.double())
@@ -54,7 +55,9 @@ def test_feedback_equals_the_plain_loop_over_groups(group, amplitude):
         error = (work[:, first:last] - chosen) @ torch.linalg.inv(inverse[:group, :group])
         work[:, last:] -= error @ inverse[:group, group:]
     decoded = dequantize_rotated(
-        {**tensors, "weight_scale": scale.half()}, codebook, width
+        {"weight_packed": codes.packed(codebook), "weight_levels": levels, "weight_scale": scale.half()},
+        codebook,
+        width,
     )  # the packed codes are those of q
     assert torch.equal(decoded, q.float() * scale[:, None])
 
@@ -81,6 +84,51 @@ def test_feedback_lowers_the_output_error(group, pulses, bits):
     assert output_error(fed_back) < 0.8 * output_error(plain)
     expected = 10 * np.log10(((weight @ raw) * weight).sum().item() / output_error(fed_back))
     assert fed_back.output_snr_db == pytest.approx(expected, abs=0.01)
+
+
+@pytest.mark.parametrize(("group", "pulses"), [(8, 16), (16, 27), (64, 96)])
+def test_descent_lowers_the_loss_of_every_row(group, pulses):
+    width = 192
+    codebook = Codebook("canonical", group, pulses, 4)
+    weight = torch.randn(24, width, generator=GENERATOR)
+    hessian = RotatedHessian.of(correlated_hessian(width), None)
+    damped = hessian.hessian + hessian.damping * torch.eye(width)
+    codes, scale = quantize_with_feedback(weight, hessian.factor, codebook, "lloyd_max")
+
+    def loss() -> torch.Tensor:
+        error = weight.double() - codes.q.double() * scale.double()[:, None]
+        return (error @ damped.double() * error).sum(dim=1)
+
+    losses = [loss()]
+    for _ in range(3):
+        descend(weight, codes, damped, codebook, scale)
+        losses.append(loss())
+        assert (losses[-1] <= losses[-2] * (1 + 1e-4)).all()
+    assert losses[1].sum() < 0.99 * losses[0].sum()
+    stored = {
+        "weight_packed": codes.packed(codebook),
+        "weight_levels": codes.levels,
+        "weight_scale": scale.half(),
+    }
+    assert torch.equal(dequantize_rotated(stored, codebook, width), codes.q.float() * scale[:, None])
+
+
+def test_descent_of_one_group_looks_where_the_others_leave_it():
+    """Written out: the target of a group is its weights and what the errors of all others ask of it."""
+    width, codebook = 32, Codebook("canonical", 16, 27, 4)
+    weight = torch.randn(20, width, generator=GENERATOR)
+    damped = correlated_hessian(width)
+    codes, scale = quantize_with_feedback(weight, RotatedHessian.of(damped, None).factor, codebook, "beta")
+    start, second = codes.group(0), weight[:, 16:] - codes.q[:, 16:].float() * scale[:, None]
+    target = weight[:, :16] + second @ damped[16:, :16] @ torch.linalg.inv(damped[:16, :16])
+    inverse = torch.linalg.inv(damped[:16, :16].double())
+    upper = torch.linalg.cholesky(inverse, upper=True).float()  # upper^T upper = inverse
+    expected = refine_groups(target, upper, start, codes.levels, scale, 27)
+    descend(weight, codes, damped, codebook, scale)
+    assert (codes.group(0)[2] == expected[2]).all(
+        dim=1
+    ).float().mean() > 0.9  # float32: a tie may fall otherwise
+    assert not torch.equal(expected[2], start[2])
 
 
 def test_encode_groups_chooses_what_encode_weight_chooses():
