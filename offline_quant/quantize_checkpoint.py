@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import pvq_vllm.codec.errors
-from pvq_vllm import _C
+from pvq_vllm import ops
 from pvq_vllm.codec.errors import PVQError
 from pvq_vllm.codec.format import FORMAT_VERSION, CheckpointConfig, Codebook
 
@@ -262,7 +262,10 @@ def program_digest() -> str:
         Path(pvq_vllm.codec.errors.__file__).parent,
     )
     digest = hashlib.sha256()
-    for path in (*(path for folder in folders for path in sorted(folder.glob("*.py"))), Path(_C.__file__)):
+    for path in (
+        *(path for folder in folders for path in sorted(folder.glob("*.py"))),
+        ops.compiled_module(),
+    ):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -8,6 +8,7 @@ node, and chooses its kernel by the number of tokens below Python.
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,11 @@ LANES = 16  # rows of a packed block (csrc/cpu/kernels.h)
 def cpu_isa() -> str:
     """Instruction set in use: portable, avx2, avx512 or amx; PVQ_CPU_ISA caps it."""
     return _C.cpu_isa()
+
+
+def compiled_module() -> Path:
+    """File of the compiled module."""
+    return Path(_C.__file__)
 
 
 def check_device(device: torch.device, plan: str | None = None) -> None:

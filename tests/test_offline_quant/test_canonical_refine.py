@@ -80,10 +80,10 @@ def test_a_matrix_has_less_error_at_its_output(monkeypatch, group, num_pulses, g
     weight = torch.randn(64, 96, generator=generator)
 
     def loss():
-        _, q, scale = quantize_with_feedback(
+        codes, scale = quantize_with_feedback(
             weight, factor, Codebook("canonical", group, num_pulses, 4), "beta"
         )
-        error = weight - q.float() * scale[:, None]
+        error = weight - codes.q.float() * scale[:, None]
         return ((error @ hessian) * error).sum().item()
 
     refined = loss()
