@@ -66,19 +66,30 @@ def main() -> None:
         print(f"{step:45}{sum(values) / len(values):8.3f} dB, mean of {len(values)} linears")
 
 
+def rotated(weight: torch.Tensor, hessian: torch.Tensor) -> tuple[torch.Tensor, RotatedHessian]:
+    """Return both over the whole width."""
+    width = weight.shape[1]
+    rotation = Rotation(0, width, *rotation_layout(width, 1))
+    return rotate_rows(weight, rotation), RotatedHessian.of(hessian, rotation)
+
+
+def output_snr(weight: torch.Tensor, approximation: torch.Tensor, hessian: torch.Tensor) -> float:
+    """Return it in dB."""
+
+    def energy(error: torch.Tensor) -> float:
+        return ((error @ hessian) * error).sum(dtype=torch.float64).item()
+
+    return 10 * math.log10(energy(weight) / energy(weight - approximation))
+
+
 def ladder(weight: torch.Tensor, hessian: torch.Tensor, name: str) -> Iterator[tuple[str, float]]:
     """Yield (step, output SNR in dB) in the order of the steps."""
     width = weight.shape[1]
-    blocks, factors = rotation_layout(width, 1)
-    rotation = Rotation(0, width, blocks, factors)
-    w, prepared = rotate_rows(weight, rotation), RotatedHessian.of(hessian, rotation)
+    w, prepared = rotated(weight, hessian)
     start = (w.square().mean(dim=1).sqrt() / SERVING[name].target_rms).half().float()
 
-    def energy(error: torch.Tensor) -> float:
-        return ((error @ prepared.hessian) * error).sum(dtype=torch.float64).item()
-
     def snr(q: torch.Tensor, scale: torch.Tensor) -> float:
-        return 10 * math.log10(energy(w) / energy(w - (q + 0.5) * scale[:, None]))
+        return output_snr(w, (q + 0.5) * scale[:, None], prepared.hessian)
 
     def fitted(q: torch.Tensor) -> torch.Tensor:
         return fit_scale(w, q + 0.5, prepared.hessian, start)
@@ -107,16 +118,11 @@ def canonical_ladder(
     width = weight.shape[1]
     if width % codebook.group_size:  # 576 columns have no groups of 128
         codebook = dataclasses.replace(codebook, group_size=144, num_pulses=codebook.num_pulses * 144 // 128)
-    blocks, factors = rotation_layout(width, 1)
-    rotation = Rotation(0, width, blocks, factors)
-    w, prepared = rotate_rows(weight, rotation), RotatedHessian.of(hessian, rotation)
+    w, prepared = rotated(weight, hessian)
     damped = prepared.hessian + prepared.damping * torch.eye(width)
 
-    def energy(error: torch.Tensor) -> float:
-        return ((error @ prepared.hessian) * error).sum(dtype=torch.float64).item()
-
     def snr() -> float:
-        return 10 * math.log10(energy(w) / energy(w - codes.q.float() * scale[:, None]))
+        return output_snr(w, codes.q.float() * scale[:, None], prepared.hessian)
 
     codes, scale = canonical_quantizer.quantize_with_feedback(w, prepared.factor, codebook, "lloyd_max")
     yield "error feedback in the group's metric", snr()

@@ -29,6 +29,15 @@ ENOUGH_TOKENS = 8  # of calibration, for each column of the widest input
 # Heavy imports (torch, transformers) happen inside the commands, so that --help answers at once.
 
 
+def _use_threads(threads: int | None) -> None:
+    """Set the threads of torch; None stands for all cores that this process may use."""
+    import torch
+
+    if threads is not None and threads < 1:
+        raise PVQError(f"--threads is {threads}, but must be at least 1")
+    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+
+
 def quantize(
     model: Annotated[Path, typer.Argument(help="Local Hugging Face folder with safetensors.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; it is moved into place at the end.")],
@@ -145,15 +154,12 @@ def quantize(
     ] = None,
 ) -> None:
     """Quantize a model folder into a checkpoint that vLLM serves."""
-    import torch
 
     from .device import choose_device
     from .plan import Settings, codebook_from_text, parse_override
     from .quantize_checkpoint import quantize_checkpoint
 
-    if threads is not None and threads < 1:
-        raise PVQError(f"--threads is {threads}, but must be at least 1")
-    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    _use_threads(threads)
     if target_bpw is not None and (bits is not None or codebook != "serving"):
         given = "--bits" if bits is not None else "--codebook canonical"
         raise PVQError(
@@ -309,8 +315,7 @@ def eval_(
     from .model_card import add_evaluation, check_card
     from .whole_files import write_file
 
-    if threads is not None and threads < 1:
-        raise PVQError(f"--threads is {threads}, but must be at least 1")
+    _use_threads(threads)
     text, card = text or evaluation_text(), model / "README.md"
     dtypes = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
     if dtype not in dtypes:
@@ -321,7 +326,6 @@ def eval_(
         raise PVQError(f"--update-card: there is no {card}: give a checkpoint that `pvq quantize` made")
     if update_card:
         check_card(card.read_text(encoding="utf-8"))
-    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
     console = Console(stderr=True)
     columns = (
         SpinnerColumn(),

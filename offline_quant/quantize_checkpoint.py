@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 
-import pvq_vllm.codec.errors
 from pvq_vllm import ops
 from pvq_vllm.codec.errors import PVQError
 from pvq_vllm.codec.format import FORMAT_VERSION, CheckpointConfig, Codebook
@@ -253,19 +252,13 @@ def _fingerprint(source: ModelSource, settings: Settings, data: _CalibrationData
 
 
 def program_digest() -> str:
-    """Return a hash of what decides the bytes of a checkpoint besides settings and model: this package, the format
+    """Return a hash of what decides the bytes of a checkpoint besides settings and model: this package, ``pvq_vllm``
     and the compiled module.
     """
-    folders = (
-        Path(__file__).parent,
-        Path(pvq_vllm.__file__).parent,
-        Path(pvq_vllm.codec.errors.__file__).parent,
-    )
+    folders = Path(__file__).parent, Path(ops.__file__).parent
+    sources = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
     digest = hashlib.sha256()
-    for path in (
-        *(path for folder in folders for path in sorted(folder.glob("*.py"))),
-        ops.compiled_module(),
-    ):
+    for path in (*sources, ops.compiled_module()):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

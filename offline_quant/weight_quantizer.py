@@ -19,7 +19,6 @@ from pvq_vllm.codec.format import Codebook
 from pvq_vllm.codec.serving import SERVING
 
 from . import canonical_quantizer
-from .canonical_quantizer import quantize_with_feedback
 from .error_feedback import DESCENT_PASSES, descend, feedback, fit_scale
 from .hessian import RotatedHessian
 from .rotation import rotate_rows, unrotate_rows
@@ -165,7 +164,9 @@ def _quantize_canonical(
         packed, levels, scale = encode_canonical(rotated, *sizes, amplitude)
         tensors = {"weight_packed": packed, "weight_levels": levels, "weight_scale": scale}
     else:
-        codes, scale = quantize_with_feedback(rotated, hessian.factor.cpu(), codebook, amplitude)
+        codes, scale = canonical_quantizer.quantize_with_feedback(
+            rotated, hessian.factor.cpu(), codebook, amplitude
+        )
         damped = metric + hessian.damping * torch.eye(len(metric))
         fitted = torch.where(scale > 0, scale, 1.0)
         for _ in range(DESCENT_PASSES):

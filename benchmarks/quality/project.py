@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from offline_quant.quantize_checkpoint import program_digest
+
 from .protocol import Protocol
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,24 +28,10 @@ def commit() -> str:
     return head + "+" * bool(subprocess.run(status, capture_output=True, text=True).stdout.strip())
 
 
-def _sources_digest() -> str:
-    """Return a hash of everything that decides what `pvq quantize` writes."""
-    digest = hashlib.sha256()
-    for folder, patterns in (
-        ("offline_quant", ("*.py",)),
-        ("pvq_vllm", ("*.py",)),
-        ("csrc", ("*.h", "*.cpp", "*.cu", "*.cuh")),
-    ):
-        for pattern in patterns:
-            for path in sorted((ROOT / folder).rglob(pattern)):
-                digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
 def quantized(protocol: Protocol, arguments: tuple[str, ...], calibrate: bool = True) -> tuple[Path, dict]:
     """Return the checkpoint that `pvq quantize` makes with ``arguments`` and its report.
 
-    One of the same sources and arguments is used again, so that rows which differ only in the activations share
+    One of the same program and arguments is used again, so that rows which differ only in the activations share
     their weights, and one that was interrupted is continued.
 
     Raises:
@@ -65,7 +53,7 @@ def quantized(protocol: Protocol, arguments: tuple[str, ...], calibrate: bool = 
         options += ["--calibration-sequences", str(protocol.calibration_sequences)]
         options += ["--calibration-length", str(protocol.length)]
     options += arguments  # last: an option that is given twice has its last value
-    digest = hashlib.sha256(json.dumps([_sources_digest(), *options]).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(json.dumps([program_digest(), *options]).encode()).hexdigest()[:12]
     out = protocol.folder / "checkpoints" / digest
     if not out.exists():
         out.parent.mkdir(exist_ok=True)
