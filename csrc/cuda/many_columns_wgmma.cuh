@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// The kernel of many_columns_wgmma.cu: a tile of y is the sum over chunks of decoded weights times activations, both read by the
-// tensor cores from a ring of stages in shared memory.
+// The kernel of many_columns_wgmma.cu: a tile of y is the sum over chunks of decoded weights times activations.
 //
-// Four or eight warps decode: each fetches packed weights straight into its registers, some chunks ahead, and writes them to a
-// stage as int8; in turn they copy the activations, in the order they lie in global memory. Two warpgroups do nothing but
-// multiply, 64 rows each.
+// Two warpgroups have 64 rows each. Their warps fetch packed weights straight into registers, some chunks ahead, and decode a
+// chunk there, in the order in which the tensor cores take it, while they multiply the one before. A warp more copies the
+// activations to a ring of stages in shared memory, in the order they lie in global memory.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,17 +15,12 @@
 
 namespace pvq::cuda {
 
-constexpr int kWgmmaGroups = 2;  // that multiply
-// Warps that decode, and 16-row tiles that one decodes at a time. ptxas wants 154 registers for a product with 256 columns, so
-// there can be no more than twelve warps in all.
-constexpr int wgmma_decoders(int columns_per_tile) { return columns_per_tile == 256 ? 4 : 8; }
-constexpr int wgmma_threads(int columns_per_tile) { return 128 * kWgmmaGroups + 32 * wgmma_decoders(columns_per_tile); }
-// A block of the kernel that quantizes the activations fits beside one of 96 registers.
-constexpr int wgmma_register_bound(int columns_per_tile) { return columns_per_tile == 256 ? 384 : 640; }  // threads
-
-constexpr int kWeightBytes = kWgmmaRows * kChunkColumns;  // decoded, of a stage
+constexpr int kWgmmaGroups = 2;                          // that multiply
+constexpr int kWgmmaThreads = kWgmmaGroups * 128 + 128;  // a warpgroup more: one of its warps copies
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+constexpr int kCopyRegisters = 24, kMultiplyRegisters = 240;  // with 256 columns
 
 // Addresses in shared memory.
 constexpr int kTableBarrier = kSharedBase, kFullBarriers = kSharedBase + 16, kEmptyBarriers = kFullBarriers + 8 * kWgmmaMaxStages;
@@ -50,7 +44,7 @@ struct WgmmaWork {
   }
 };
 
-// Activations to stages; one thread, or a warp of which one copies. Walks from unit to unit (a chunk of a tile of y).
+// Activations to stages, by one thread, from unit to unit (a chunk of a tile of y).
 template <int kN>
 struct WgmmaCopies {
   const WgmmaArguments& p;
@@ -70,119 +64,41 @@ struct WgmmaCopies {
     bytes = static_cast<int>(left < kN ? left : kN) * kChunkColumns;
     columns = p.a.data + first * kChunkColumns;
   }
-  __device__ __forceinline__ void advance(int units) {
-    unit += units;
-    chunk += units;
-    if (chunk < work.end) return;
-    while (chunk >= work.end && tile < p.schedule.tiles()) {
-      chunk -= work.end - work.begin;
-      tile += work.stride;
-    }
+  __device__ __forceinline__ void advance() {
+    ++unit;
+    if (++chunk < work.end) return;
+    chunk = work.begin;
+    tile += work.stride;
     start_tile();
   }
   __device__ __forceinline__ void copy(int stage) const {
-    const std::uint32_t full = work.full(stage), to = work.stage(p.schedule, stage) + kWeightBytes;
+    const std::uint32_t full = work.full(stage), to = work.stage(p.schedule, stage);
     const std::int8_t* from = columns + chunk * p.a.padded_columns * kChunkColumns;
     expect_bytes(full, bytes);
     copy_bulk(to, from, bytes, full);
   }
 };
 
-// A warp that decodes: of every chunk the 16-row tiles warp, warp + decoders, ...
-template <CodebookId kId, int kN>
-__device__ __forceinline__ void decode_tiles(const WgmmaArguments& p, const WgmmaWork& work, int warp, int lane) {
-  constexpr int kDecoders = wgmma_decoders(kN), kTiles = kWgmmaRows / kTileRows / kDecoders, kChunkBytes = chunk_bytes(kId);
-  constexpr int kPrefetch = kN == 256 || kId == CodebookId::kInt8 ? 2 : 3;
-  const WgmmaSchedule& s = p.schedule;
-  const int units = work.units(s), num_chunks = static_cast<int>(p.weight.num_chunks);
-
-  // Packed weights are on their way to registers some chunks ahead.
-  const std::int64_t tile_stride = std::int64_t{kDecoders} * num_chunks * kChunkBytes;
-  int load_tile = work.first, loads_left = 0, load_tiles = 0;  // chunks left of the tile of y; 16-row tiles that there are
-  const std::uint8_t* load_from = nullptr;
-  const auto start_tile = [&] {
-    loads_left = work.end - work.begin;
-    load_tiles = 0;
-    if (load_tile >= s.tiles()) return;
-    int row_tile, column_tile;
-    s.place(load_tile, row_tile, column_tile);
-    const std::int64_t tile = row_tile * kWgmmaRows / kTileRows + warp;
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i) load_tiles += (tile + i * kDecoders) / 4 * kRowAlignment < p.weight.rows;
-    load_from = p.weight.data + (tile * num_chunks + work.begin) * kChunkBytes;
-  };
-  LaneChunk<kId> buffer[kPrefetch][kTiles] = {};
-  const auto load_ahead = [&](LaneChunk<kId>(&to)[kTiles]) {
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i)
-      if (i < load_tiles) to[i].load(load_from + i * tile_stride, lane);
-    load_from += kChunkBytes;
-    if (--loads_left == 0) {
-      load_tile += work.stride;
-      start_tile();
-    }
-  };
-  start_tile();
-#pragma unroll
-  for (int b = 0; b < kPrefetch; ++b) load_ahead(buffer[b]);
-
-  // The warps copy the activations in turn, but for the first ones, which multiply_tiles copies.
-  WgmmaCopies<kN> copies(p, work);
-  copies.advance(warp);
-  while (copies.unit < s.stages) copies.advance(kDecoders);
-
-  const Tables tables{work.window + s.shared_digits, work.window + s.shared_gains};
-  const int g = lane / 4, t = lane % 4;
-  std::uint32_t places[2 * kSteps];  // of a lane's words in a stage
-#pragma unroll
-  for (int u = 0; u < 2 * kSteps; ++u) places[u] = (warp * kTileRows + g) * kChunkColumns + 4 * t + 16 * (u ^ g);
-  if constexpr (table_bytes(kId) > 0) wait_barrier(work.window + kTableBarrier, 0);
-
+template <int kN>
+__device__ __forceinline__ void copy_tiles(const WgmmaArguments& p, const WgmmaWork& work) {
   Ring ring;
-  int previous = -1;
-  const auto publish = [&] {  // the stage written last: late, when its writes are long done
-    if (previous < 0) return;
-    fence_shared_writes();
-    __syncwarp();
-    if (lane == 0) arrive(work.full(previous));
-  };
-  const auto decode_unit = [&](LaneChunk<kId>(&packed)[kTiles], int unit) {
-    const bool is_empty = test_barrier(work.empty(ring.stage), ring.parity ^ 1);
-    std::uint32_t a[kTiles][kSteps][4];
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i)
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) packed[i].decode(step, tables, a[i][step]);
-    publish();
-    load_ahead(packed);
-    if (!is_empty) wait_barrier(work.empty(ring.stage), ring.parity ^ 1);
-    if (unit == copies.unit) {
-      if (lane == 0) copies.copy(ring.stage);
-      __syncwarp();
-      copies.advance(kDecoders);
-    }
-    const std::uint32_t stage = work.stage(s, ring.stage);
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        constexpr int kTileBytes = kDecoders * kTileRows * kChunkColumns;
-        store_shared(stage + places[2 * step] + i * kTileBytes, a[i][step][0]);
-        store_shared(stage + places[2 * step] + i * kTileBytes + 8 * kChunkColumns, a[i][step][1]);
-        store_shared(stage + places[2 * step + 1] + i * kTileBytes, a[i][step][2]);
-        store_shared(stage + places[2 * step + 1] + i * kTileBytes + 8 * kChunkColumns, a[i][step][3]);
-      }
-    }
-    previous = ring.stage;
-    ring.advance(s.stages);
-  };
-  for (int unit = 0; unit < units; unit += kPrefetch) {
-    decode_unit(buffer[0], unit);
-#pragma unroll
-    for (int b = 1; b < kPrefetch; ++b)
-      if (unit + b < units) decode_unit(buffer[b], unit + b);
+  WgmmaCopies<kN> copies(p, work);
+  for (const int units = work.units(p.schedule); copies.unit < units; copies.advance()) {
+    wait_barrier(work.empty(ring.stage), ring.parity ^ 1);
+    copies.copy(ring.stage);
+    ring.advance(p.schedule.stages);
   }
-  publish();
+}
+
+// Values of which the compiler knows no more than that they are in registers, from here on.
+template <typename Value, int kCount>
+__device__ __forceinline__ void pin(Value (&values)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(values[i]));
+}
+__device__ __forceinline__ void pin(std::uint32_t (&values)[kSteps][4]) {
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) pin(values[step]);
 }
 
 // The CTAs of a cluster add their sums up, and each finishes its part of the columns. All threads of the warpgroups that
@@ -220,46 +136,75 @@ __device__ __forceinline__ void finish_split(const WgmmaArguments& p, const Wgmm
   }
 }
 
-// A warpgroup that multiplies.
-template <int kN, bool kSplit>
+// A warpgroup. Each warp has 16 rows.
+template <CodebookId kId, int kN, bool kSplit>
 __device__ __forceinline__ void multiply_tiles(const WgmmaArguments& p, const WgmmaWork& work, char* shared) {
+  constexpr int kChunkBytes = chunk_bytes(kId);
   const WgmmaSchedule& s = p.schedule;
-  const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0), lane = threadIdx.x % 32;
-  if (threadIdx.x == 0) {  // decode_tiles copies the others
-    WgmmaCopies<kN> copies(p, work);
-    const int units = min(work.units(s), s.stages);
-    for (; copies.unit < units; copies.advance(1)) copies.copy(copies.unit);
-  }
-  __syncwarp();
-  const auto release = [&](int stage) {
-    __syncwarp();
-    if (lane == 0) arrive(work.empty(stage));
-  };
-  std::int32_t acc[kN / 2];
-  Ring ring;
-  for (int tile = work.first; tile < s.tiles(); tile += work.stride) {
-#pragma unroll
-    for (int i = 0; i < kN / 2; ++i) acc[i] = 0;
-    int previous = -1;
-    for (int chunk = work.begin; chunk < work.end; ++chunk) {
-      const std::uint32_t stage = work.stage(s, ring.stage);
-      const std::uint64_t a = swizzled_operand(stage + warpgroup * (kWeightBytes / kWgmmaGroups));
-      const std::uint64_t b = swizzled_operand(stage + kWeightBytes);
-      wait_barrier(work.full(ring.stage), ring.parity);
-      fence_operands();
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) multiply<kN>(acc, a + 2 * step, b + 2 * step);  // 32 bytes, in units of 16
-      commit_products();
-      wait_products<1>();
-      if (previous >= 0) release(previous);
-      previous = ring.stage;
-      ring.advance(s.stages);
-    }
-    wait_products<0>();
-#pragma unroll
-    for (int i = 0; i < kN / 2; ++i) asm volatile("" : "+r"(acc[i]));
-    if (previous >= 0) release(previous);
+  const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0), warpgroup = warp / 4;
+  const int lane = threadIdx.x % 32, num_chunks = static_cast<int>(p.weight.num_chunks);
 
+  // Packed weights are on their way to registers two chunks ahead.
+  int load_tile = work.first, loads_left = 0;  // chunks left of the tile of y
+  bool has_rows = false;
+  const std::uint8_t* load_from = nullptr;
+  const auto start_tile = [&] {
+    loads_left = work.end - work.begin;
+    has_rows = false;
+    if (load_tile >= s.tiles()) return;
+    int row_tile, column_tile;
+    s.place(load_tile, row_tile, column_tile);
+    const std::int64_t tile = row_tile * kWgmmaRows / kTileRows + warp;
+    has_rows = tile / 4 * kRowAlignment < p.weight.rows;
+    load_from = p.weight.data + (tile * num_chunks + work.begin) * kChunkBytes;
+  };
+  LaneChunk<kId> packed[2] = {};
+  const auto load_ahead = [&](LaneChunk<kId>& to) {
+    if (has_rows) to.load(load_from, lane);
+    load_from += kChunkBytes;
+    if (--loads_left == 0) {
+      load_tile += work.stride;
+      start_tile();
+    }
+  };
+  start_tile();
+  load_ahead(packed[0]);
+  load_ahead(packed[1]);
+
+  const Tables tables{work.window + s.shared_digits, work.window + s.shared_gains};
+  if constexpr (table_bytes(kId) > 0) wait_barrier(work.window + kTableBarrier, 0);
+  std::uint32_t a[2][kSteps][4];  // of the chunk that is multiplied, and of the next one
+  const auto decode = [&](int i) {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) packed[i].decode(step, tables, a[i][step]);
+    load_ahead(packed[i]);
+    pin(a[i]);
+  };
+  decode(0);
+  wait_for_dependencies();
+
+  std::int32_t acc[kN / 2] = {};
+  Ring ring;
+  int tile = work.first, chunk = work.begin;
+  // The next chunk of the tile; false: it was the last one of the last tile.
+  const auto multiply_chunk = [&](auto which) {
+    constexpr int kNow = decltype(which)::value, kNext = 1 - kNow;
+    const std::uint64_t b = swizzled_operand(work.stage(s, ring.stage));
+    wait_barrier(work.full(ring.stage), ring.parity);
+    fence_operands();
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step)
+      multiply_registers<kN>(acc, a[kNow][step], b + 2 * step);  // 32 bytes, in units of 16
+    commit_products();
+    decode(kNext);  // meanwhile; and while this warpgroup waits, the other one multiplies
+    wait_products<0>();
+    pin(a[kNow]);
+    __syncwarp();
+    if (lane == 0) arrive(work.empty(ring.stage));
+    ring.advance(s.stages);
+    if (++chunk < work.end) return true;
+
+    pin(acc);
     int thread = threadIdx.x;
     asm volatile("" : "+r"(thread));  // what depends on it is not kept in registers from tile to tile
     thread &= 127;
@@ -274,14 +219,20 @@ __device__ __forceinline__ void multiply_tiles(const WgmmaArguments& p, const Wg
       finish.load();
       finish.store(acc);
     }
+#pragma unroll
+    for (int i = 0; i < kN / 2; ++i) acc[i] = 0;
+    chunk = work.begin;
+    tile += work.stride;
+    return tile < s.tiles();
+  };
+  while (multiply_chunk(std::integral_constant<int, 0>{}) && multiply_chunk(std::integral_constant<int, 1>{})) {
   }
 }
 
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
 
 template <CodebookId kId, int kN, bool kSplit>
-__global__ void __launch_bounds__(wgmma_register_bound(kN), 1)
-    many_columns_wgmma_kernel(const __grid_constant__ WgmmaArguments p) {
+__global__ void __launch_bounds__(kWgmmaThreads, 1) many_columns_wgmma_kernel(const __grid_constant__ WgmmaArguments p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ char dynamic[];
   // Within a cluster an address has the number of the CTA in its upper bits.
@@ -301,7 +252,7 @@ __global__ void __launch_bounds__(wgmma_register_bound(kN), 1)
   if (threadIdx.x == 0) {
     init_barrier(window + kTableBarrier, 1);
     for (int stage = 0; stage < s.stages; ++stage) {
-      init_barrier(work.full(stage), 1 + wgmma_decoders(kN));
+      init_barrier(work.full(stage), 1);
       init_barrier(work.empty(stage), kWgmmaGroups * 4);
     }
     fence_barrier_init();
@@ -316,12 +267,16 @@ __global__ void __launch_bounds__(wgmma_register_bound(kN), 1)
   __syncthreads();
 
   if (warp >= kWgmmaGroups * 4) {
-    decode_tiles<kId, kN>(p, work, warp - kWgmmaGroups * 4, lane);
+    if constexpr (kN == 256) shrink_registers<kCopyRegisters>();
+    if (warp == kWgmmaGroups * 4 && lane == 0) {
+      wait_for_dependencies();
+      copy_tiles<kN>(p, work);
+    }
     __syncwarp();
     if constexpr (kSplit) synchronize_cluster();  // with finish_split
   } else {
-    wait_for_dependencies();
-    multiply_tiles<kN, kSplit>(p, work, shared);
+    if constexpr (kN == 256) grow_registers<kMultiplyRegisters>();
+    multiply_tiles<kId, kN, kSplit>(p, work, shared);
     __syncwarp();
   }
   if constexpr (kSplit) synchronize_cluster();  // until then others may read this CTA's sums
@@ -333,7 +288,7 @@ void launch_many_columns_wgmma(const WgmmaArguments& p, cudaStream_t stream) {
   const WgmmaSchedule& s = p.schedule;
   const auto start = [&](auto columns) {
     constexpr int kN = decltype(columns)::value;
-    const dim3 grid(static_cast<unsigned>(s.workers * s.splits)), block(wgmma_threads(kN));
+    const dim3 grid(static_cast<unsigned>(s.workers * s.splits)), block(kWgmmaThreads);
     const auto kernel = s.splits > 1 ? many_columns_wgmma_kernel<kId, kN, true> : many_columns_wgmma_kernel<kId, kN, false>;
     launch_clusters(s.splits, starts_early(p.a, grid.x), kernel, grid, block, static_cast<std::size_t>(s.shared_bytes), stream,
                     p);

@@ -167,7 +167,7 @@ Weight part_of(const Weight& weight, std::int64_t first) {
 
 bool prefill_pays(std::int64_t rows, std::int64_t num_columns) {
   // In columns of the whole weight at full speed: many_columns_wgmma takes kSlower of them for each, expanding kExpanding.
-  constexpr double kSlower = 1.4, kExpanding = 340;
+  constexpr double kSlower = 1.2, kExpanding = 340;
   const std::int64_t workers = device_properties().num_sms / kCluster;
   const std::int64_t tiles = (rows + kTileHeight - 1) / kTileHeight * ((num_columns + kN - 1) / kN);
   const double slots = static_cast<double>(round_up(tiles, workers)) * kTileHeight * kN;
