@@ -17,10 +17,11 @@
 namespace pvq::cuda {
 namespace {
 
-constexpr int kMaxWarps = 15;  // that multiply
-constexpr int kThreads = 32 * (kMaxWarps + 1);
-// A block of the kernel that quantizes the activations fits beside this one: 16384 registers are left, and so much memory.
-constexpr int kRegisterBound = 640;  // threads: 96 registers
+// Warps that multiply, at most. With the smaller number, of 96 registers, a block of the kernel that quantizes the activations
+// fits beside this one: 16384 registers are left, and kSharedLeft of memory.
+constexpr int kFewWarps = 15, kManyWarps = 28;
+constexpr int num_threads(int max_warps) { return 32 * (max_warps + 1); }
+constexpr int register_bound(int max_warps) { return max_warps == kFewWarps ? 640 : 1024; }  // threads
 constexpr int kSharedLeft = 24 * 1024;
 constexpr int kMaxSlots = 32;
 
@@ -55,8 +56,8 @@ __device__ void bring_columns(const Parameters& p, std::uint32_t full, std::uint
 
 #endif
 
-template <CodebookId kId, int kColumnTiles>
-__global__ void __launch_bounds__(kRegisterBound, 1) warp_tiles_kernel(const __grid_constant__ Parameters p) {
+template <CodebookId kId, int kColumnTiles, int kMaxWarps>
+__global__ void __launch_bounds__(register_bound(kMaxWarps), 1) warp_tiles_kernel(const __grid_constant__ Parameters p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   constexpr int kSlotBytes = 8 * kColumnTiles * kChunkColumns, kConsumersBarrier = 1;
   constexpr int kPrefetch = 2;  // chunks of a warp on their way to registers
@@ -205,14 +206,14 @@ __global__ void __launch_bounds__(kRegisterBound, 1) warp_tiles_kernel(const __g
 #endif
 }
 
-template <CodebookId kId, int kColumnTiles>
-bool run(Parameters& p, cudaStream_t stream) {
+constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+template <CodebookId kId, int kColumnTiles, int kMaxWarps>
+bool run_with(Parameters& p, int most, cudaStream_t stream) {
   const DeviceProperties& device = device_properties();
-  const int tiles = static_cast<int>((p.weight.rows + kTileRows - 1) / kTileRows);
-  const int chunks = static_cast<int>(p.weight.num_chunks), most = (tiles + device.num_sms - 1) / device.num_sms;
-  p.num_tiles = tiles;
-  p.rounds = (most + kMaxWarps - 1) / kMaxWarps;
-  p.tiles = (most + p.rounds - 1) / p.rounds;
+  const int chunks = static_cast<int>(p.weight.num_chunks);
+  p.rounds = ceil_div(most, kMaxWarps);
+  p.tiles = ceil_div(most, p.rounds);
   p.shares = std::min(kMaxWarps / p.tiles, chunks);
   // A share's chunks of the next round must follow those of this one in the ring.
   while (p.rounds > 1 && chunks % p.shares != 0) --p.shares;
@@ -224,10 +225,19 @@ bool run(Parameters& p, cudaStream_t stream) {
   constexpr int kSlotBytes = 8 * kColumnTiles * kChunkColumns;
   p.slots = std::min((device.max_shared_bytes - kSharedLeft - ring) / kSlotBytes, kMaxSlots);
   if (p.slots < 2 * p.shares && p.slots < chunks) return false;
-  launch(warp_tiles_kernel<kId, kColumnTiles>,
-         dim3(static_cast<unsigned>((tiles + p.tiles * p.rounds - 1) / (p.tiles * p.rounds))), dim3(kThreads),
-         static_cast<std::size_t>(ring + p.slots * kSlotBytes), stream, p);
+  launch(warp_tiles_kernel<kId, kColumnTiles, kMaxWarps>, dim3(static_cast<unsigned>(ceil_div(p.num_tiles, p.tiles * p.rounds))),
+         dim3(num_threads(kMaxWarps)), static_cast<std::size_t>(ring + p.slots * kSlotBytes), stream, p);
   return true;
+}
+
+template <CodebookId kId, int kColumnTiles>
+bool run(Parameters& p, cudaStream_t stream) {
+  p.num_tiles = static_cast<int>((p.weight.rows + kTileRows - 1) / kTileRows);
+  const int most = ceil_div(p.num_tiles, device_properties().num_sms);  // of a block
+  if constexpr (kColumnTiles <= 4 && kId != CodebookId::kInt8) {        // 64 registers are enough
+    if (ceil_div(most, kManyWarps) < ceil_div(most, kFewWarps)) return run_with<kId, kColumnTiles, kManyWarps>(p, most, stream);
+  }
+  return run_with<kId, kColumnTiles, kFewWarps>(p, most, stream);
 }
 
 template <CodebookId kId>

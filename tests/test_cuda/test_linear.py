@@ -46,7 +46,7 @@ def test_activations(kit, columns, blocks, mode):
     """Rotation and quantization alone: if this fails, so does all below."""
     layer = kit.build_layer([("int8", 8)], columns, mode, blocks)
     wrong = []
-    for tokens, dtype in itertools.product((1, 3, 8, 300), DTYPES):
+    for tokens, dtype in itertools.product((1, 3, 8, 300, 1100), DTYPES):
         x = kit.random_tokens(tokens, columns, dtype)
         planes, scale = ops.quantize_activations(x, layer.plan)
         got_planes, got_scale = ops.quantize_activations(x.cuda(), layer.plan)
@@ -132,7 +132,7 @@ def test_blocks_that_divide_a_reduction(kit, monkeypatch, name, mode):
 @pytest.mark.parametrize("name", NAMES)
 def test_more_tiles_than_a_block_takes_at_once(kit, name):
     """Warps that own tiles go through several rounds."""
-    for columns, rows in ((256, 40000), (384, 33800)):
+    for columns, rows in ((256, 40000), (384, 33800), (136, 64000)):
         layer = kit.build_layer([(name, rows)], columns, "a8", 0)
         for tokens in (24, 40, 64):
             x = kit.random_tokens(tokens, columns, torch.bfloat16)
