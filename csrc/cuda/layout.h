@@ -56,11 +56,13 @@ constexpr std::int64_t weight_bytes(CodebookId id, std::int64_t rows, std::int64
   return padded_rows(rows) / kTileRows * num_chunks(in_features) * chunk_bytes(id);
 }
 
-// Byte offset of an activation in the buffer above; `column` of the buffer, `k` the weight's column.
+// Byte offset of an activation in the buffer above; `column` of the buffer, `k` the weight's column, below 2^32. (Of unsigned
+// numbers division by powers of two is a shift.) Four columns further, from a multiple of 8, and one column of the buffer
+// further, from an even one, the unit is the neighbour: offset ^ 16.
 constexpr std::int64_t activation_offset(std::int64_t k, std::int64_t column, std::int64_t padded_columns) {
-  const std::int64_t chunk = k / kChunkColumns, step = k % kChunkColumns / 32, t = k % 32 / 8, half = k % 8 / 4, i = k % 4;
-  const std::int64_t unit = (2 * step + half) ^ (column & 7);
-  return (chunk * padded_columns + column) * kChunkColumns + 16 * unit + 4 * t + i;
+  const std::uint32_t key = static_cast<std::uint32_t>(k), in_chunk = key % kChunkColumns;
+  const std::uint32_t unit = (in_chunk / 32 * 2 + key % 8 / 4) ^ (static_cast<std::uint32_t>(column) & 7);
+  return (key / kChunkColumns * padded_columns + column) * kChunkColumns + 16 * unit + key % 32 / 8 * 4 + key % 4;
 }
 
 }  // namespace pvq::cuda

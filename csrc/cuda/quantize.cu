@@ -13,7 +13,9 @@ namespace {
 
 namespace cg = cooperative_groups;
 
-constexpr int kThreads = 512;  // of 32 registers: fits beside a block of few_columns.cu
+constexpr int kThreads = 512;      // of 32 registers: fits beside a block of few_columns.cu
+constexpr int kFewThreads = 256;   // where tokens are many: what a thread does once counts, and nothing is beside it
+constexpr int kManyTokens = 1024;  // from which on
 constexpr int kMaxClusterSize = 8;
 constexpr int kSpareMultiprocessors = 4;  // that the products of usual layers leave free
 
@@ -24,9 +26,10 @@ struct Parameters {
 
   // Eight columns of a plane of a token.
   __device__ __forceinline__ void store(std::int64_t token, int plane, int group, std::uint32_t low, std::uint32_t high) const {
-    const std::int64_t column = token * tokens.num_planes + plane;
-    *reinterpret_cast<std::uint32_t*>(out.data + activation_offset(8 * group, column, out.padded_columns)) = low;
-    *reinterpret_cast<std::uint32_t*>(out.data + activation_offset(8 * group + 4, column, out.padded_columns)) = high;
+    const std::int64_t first = activation_offset(8 * group, token * tokens.num_planes, out.padded_columns);
+    const std::uintptr_t to = reinterpret_cast<std::uintptr_t>(out.data + first + plane * kChunkColumns) ^ (16 * plane);
+    *reinterpret_cast<std::uint32_t*>(to) = low;
+    *reinterpret_cast<std::uint32_t*>(to ^ 16) = high;
   }
   __device__ __forceinline__ void finish(std::int64_t token, const std::int32_t* sums, const TokenScale& scale) const {
     const int num_planes = tokens.num_planes;
@@ -36,12 +39,13 @@ struct Parameters {
 };
 
 // Of a block; `warps`: shared memory.
-__device__ __forceinline__ std::uint32_t largest_of_block(std::uint32_t largest, std::uint32_t (&warps)[kThreads / 32]) {
+template <int kWarps>
+__device__ __forceinline__ std::uint32_t largest_of_block(std::uint32_t largest, std::uint32_t (&warps)[kWarps]) {
   const int lane = threadIdx.x & 31;
   largest = __reduce_max_sync(0xffffffffu, largest);
   if (lane == 0) warps[threadIdx.x / 32] = largest;
   __syncthreads();
-  return __reduce_max_sync(0xffffffffu, lane < kThreads / 32 ? warps[lane] : 0u);
+  return __reduce_max_sync(0xffffffffu, lane < kWarps ? warps[lane] : 0u);
 }
 
 __device__ __forceinline__ void add_sums(const std::int32_t (&sums)[2], int num_planes, std::int32_t* totals) {
@@ -53,25 +57,26 @@ __device__ __forceinline__ void add_sums(const std::int32_t (&sums)[2], int num_
   }
 }
 
-// kEights: of columns that a thread holds. kShared: the token is that of `cluster_size` blocks of a cluster.
-template <DType kType, bool kRotated, int kEights, bool kShared>
-__global__ void __launch_bounds__(kThreads, kEights == 1   ? 4
-                                            : kEights == 2 ? 3
-                                                           : 2)
+// Blocks of a multiprocessor, at least: that is, registers of a thread.
+constexpr int min_blocks(int threads, int eights) { return 512 / threads * (eights == 1 ? 4 : eights == 2 ? 3 : 2); }
+
+// kBlock: threads. kEights: of columns that one holds. kShared: the token is that of `cluster_size` blocks of a cluster.
+template <DType kType, bool kRotated, int kEights, bool kShared, int kBlock>
+__global__ void __launch_bounds__(kBlock, min_blocks(kBlock, kEights))
     quantize_once_kernel(const __grid_constant__ Parameters p, int cluster_size) {
-  __shared__ std::uint32_t warp_largest[kThreads / 32];
+  __shared__ std::uint32_t warp_largest[kBlock / 32];
   [[maybe_unused]] __shared__ std::uint32_t block_largest[kMaxClusterSize];
   __shared__ std::int32_t totals[2];
   launch_dependents();
   const int num_planes = p.tokens.num_planes, lane = threadIdx.x & 31;
   const int num_groups = static_cast<int>(p.tokens.in_features) / 8, padded_groups = static_cast<int>(p.out.num_chunks) * 16;
-  const int rank = kShared ? blockIdx.x & (cluster_size - 1) : 0, first = rank * kEights * kThreads + threadIdx.x;
+  const int rank = kShared ? blockIdx.x & (cluster_size - 1) : 0, first = rank * kEights * kBlock + threadIdx.x;
   const std::int64_t token = kShared ? blockIdx.x / cluster_size : blockIdx.x;
   std::uint32_t bits[kEights] = {};
   if constexpr (kRotated) {
 #pragma unroll
     for (int e = 0; e < kEights; ++e) {
-      const int group = first + e * kThreads;
+      const int group = first + e * kBlock;
       if (group < num_groups) bits[e] = __ldg(p.tokens.rotation.signs + group / 4) >> (8 * (group & 3));
     }
   }
@@ -81,7 +86,7 @@ __global__ void __launch_bounds__(kThreads, kEights == 1   ? 4
   float v[kEights][8] = {}, magnitude = 0;
 #pragma unroll
   for (int e = 0; e < kEights; ++e) {
-    const int group = first + e * kThreads;
+    const int group = first + e * kBlock;
     if (group < num_groups) widen_eight<kType>(x + 8 * group, v[e]);
   }
 #pragma unroll
@@ -104,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, kEights == 1   ? 4
   std::int32_t sums[2] = {};
 #pragma unroll
   for (int e = 0; e < kEights; ++e) {
-    const int group = first + e * kThreads;
+    const int group = first + e * kBlock;
     if (group < padded_groups)  // zeros from num_groups on
       quantize_eight(v[e], scale, num_planes, sums,
                      [&](int plane, std::uint32_t low, std::uint32_t high) { p.store(token, plane, group, low, high); });
@@ -150,10 +155,10 @@ __global__ void __launch_bounds__(kThreads, 4) quantize_twice_kernel(const __gri
   if (p.waits_last) wait_for_dependencies();
 }
 
-template <DType kType, bool kRotated, int kEights, bool kShared>
+template <DType kType, bool kRotated, int kEights, bool kShared, int kBlock = kThreads>
 void run_once(const Parameters& p, int cluster_size, cudaStream_t stream) {
-  launch_clusters(cluster_size, true, quantize_once_kernel<kType, kRotated, kEights, kShared>,
-                  dim3(static_cast<unsigned>(p.tokens.num_tokens * cluster_size)), dim3(kThreads), 0, stream, p, cluster_size);
+  launch_clusters(cluster_size, true, quantize_once_kernel<kType, kRotated, kEights, kShared, kBlock>,
+                  dim3(static_cast<unsigned>(p.tokens.num_tokens * cluster_size)), dim3(kBlock), 0, stream, p, cluster_size);
 }
 
 template <DType kType, bool kRotated>
@@ -168,6 +173,7 @@ void run(const Parameters& p, cudaStream_t stream) {
   const int most = device.capability >= 90 ? kMaxClusterSize : 1;
   // Where tokens alone fill the device, an exchange between blocks costs more than it hides.
   const bool few = tokens * blocks(1) <= 2 * device.num_sms;
+  if (blocks(1) == 1 && tokens >= kManyTokens) return run_once<kType, kRotated, 2, false, kFewThreads>(p, 1, stream);
   if (blocks(1) == 1) return run_once<kType, kRotated, 1, false>(p, 1, stream);
   // One block with 16 columns a thread is quicker than two that exchange, but its registers do not fit beside a product's block.
   const bool alone = blocks(2) == 1 && tokens <= kSpareMultiprocessors;
