@@ -35,7 +35,7 @@ std::int64_t quantizer_shared_bytes(const CudaPlan& plan, int capability);
 std::int64_t workspace_bytes(const CudaPlan& plan, std::int64_t num_tokens);
 
 // y = x W^T + bias. The environment variable PVQ_CUDA_KERNEL, for tests, takes one kernel for everything: few (few columns),
-// mma, wgmma or prefill; auto, or unset: the fastest.
+// tiles, mma, wgmma or prefill; auto, or unset: the fastest.
 void linear(const CudaPlan& plan, const Constants& constants, const Call& call);
 
 // The first half alone: `call` needs x, dtype, num_tokens, workspace and stream; the result is in the workspace (layout.h).

@@ -47,19 +47,6 @@ __device__ __forceinline__ void arrive_at(std::uint32_t barrier, std::uint32_t r
       : "memory");
 }
 
-// Is the phase of this parity over?
-__device__ __forceinline__ bool test_barrier(std::uint32_t barrier, std::uint32_t parity) {
-  std::uint32_t done;
-  asm volatile(
-      "{\n.reg .pred p;\n"
-      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-      "selp.b32 %0, 1, 0, p;\n}"
-      : "=r"(done)
-      : "r"(barrier), "r"(parity)
-      : "memory");
-  return done != 0;
-}
-
 // Until the phase of this parity is over. A fresh barrier is in phase 0, and the phase before it, of parity 1, counts as over.
 __device__ __forceinline__ void wait_barrier(std::uint32_t barrier, std::uint32_t parity) {
   std::uint32_t done;
@@ -130,8 +117,8 @@ struct Ring {
   }
 };
 
-// Warpgroup multiplication, m64nNk32 of int8, both operands in shared memory: [row or column][128 bytes of k] with the 128-byte
-// swizzle.
+// Warpgroup multiplication, m64nNk32 of int8. B, and A of multiply(), are in shared memory: [row or column][128 bytes of k] with
+// the 128-byte swizzle.
 
 // An operand at an address that is aligned to 1024 bytes but for the place in k, a multiple of 32 bytes.
 __device__ __forceinline__ std::uint64_t swizzled_operand(std::uint32_t address) {
@@ -152,9 +139,6 @@ __device__ __forceinline__ void wait_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending));
 }
 
-// Orders this thread's writes to shared memory before what multiplications and bulk copies read there. Then a barrier.
-__device__ __forceinline__ void fence_shared_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
 // d += A B, [64, kN]: lane 4 g + t of warp w has rows 16 w + g, + 8 of columns 8 j + 2 t, + 1: d[4 j + 2 (+ 8) + (+ 1)].
 template <int kN>
 __device__ __forceinline__ void multiply(std::int32_t (&d)[kN / 2], std::uint64_t a, std::uint64_t b);
@@ -162,18 +146,6 @@ __device__ __forceinline__ void multiply(std::int32_t (&d)[kN / 2], std::uint64_
 #define PVQ_D(i) "+r"(d[i])
 #define PVQ_D8(i) PVQ_D(i), PVQ_D(i + 1), PVQ_D(i + 2), PVQ_D(i + 3), PVQ_D(i + 4), PVQ_D(i + 5), PVQ_D(i + 6), PVQ_D(i + 7)
 #define PVQ_D32(i) PVQ_D8(i), PVQ_D8(i + 8), PVQ_D8(i + 16), PVQ_D8(i + 24)
-template <>
-__device__ __forceinline__ void multiply<128>(std::int32_t (&d)[64], std::uint64_t a, std::uint64_t b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "%64, %65, 1;"
-      : PVQ_D32(0), PVQ_D32(32)
-      : "l"(a), "l"(b));
-}
 template <>
 __device__ __forceinline__ void multiply<256>(std::int32_t (&d)[128], std::uint64_t a, std::uint64_t b) {
   asm volatile(

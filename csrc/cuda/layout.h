@@ -57,8 +57,8 @@ constexpr std::int64_t weight_bytes(CodebookId id, std::int64_t rows, std::int64
 }
 
 // Byte offset of an activation in the buffer above; `column` of the buffer, `k` the weight's column, below 2^32. (Of unsigned
-// numbers division by powers of two is a shift.) Four columns further, from a multiple of 8, and one column of the buffer
-// further, from an even one, the unit is the neighbour: offset ^ 16.
+// numbers division by powers of two is a shift.) Four columns further, from a multiple of 8, the offset is
+// offset ^ 16; one column of the buffer further, from an even one, (offset + 128) ^ 16. The buffer is aligned to 256 bytes.
 constexpr std::int64_t activation_offset(std::int64_t k, std::int64_t column, std::int64_t padded_columns) {
   const std::uint32_t key = static_cast<std::uint32_t>(k), in_chunk = key % kChunkColumns;
   const std::uint32_t unit = (in_chunk / 32 * 2 + key % 8 / 4) ^ (static_cast<std::uint32_t>(column) & 7);

@@ -118,7 +118,6 @@ void many_columns(const Activations& a, const Weight& weight, const Output& outp
 void many_columns_wgmma(const Activations& a, const Weight& weight, const Output& output, cudaStream_t stream);  // sm_90a
 
 // The product for very many columns, sm_90a: expands the weight to int8 once, in scratch memory of expanded_bytes() (expand.h).
-constexpr std::int64_t kPrefillColumns = 512;  // fewer never pay for the expansion
 bool prefill_pays(std::int64_t rows, std::int64_t num_columns);
 // Its beginning, which needs no activations: it can run beside the kernel that makes them (rotate_quantize, waits_last).
 void expand_first(const Weight& weight, std::uint8_t* expanded, cudaStream_t stream);

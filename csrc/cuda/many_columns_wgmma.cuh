@@ -21,6 +21,8 @@ constexpr int kWgmmaThreads = kWgmmaGroups * 128 + 128;  // a warpgroup more: on
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 constexpr int kCopyRegisters = 24, kMultiplyRegisters = 240;  // with 256 columns
+// Those of all threads at the start, in steps of eight; more would never come.
+static_assert(128 * kCopyRegisters + 128 * kWgmmaGroups * kMultiplyRegisters <= kWgmmaThreads * (65536 / kWgmmaThreads / 8 * 8));
 
 // Addresses in shared memory.
 constexpr int kTableBarrier = kSharedBase, kFullBarriers = kSharedBase + 16, kEmptyBarriers = kFullBarriers + 8 * kWgmmaMaxStages;

@@ -171,8 +171,7 @@ bool prefill_pays(std::int64_t rows, std::int64_t num_columns) {
   const std::int64_t workers = device_properties().num_sms / kCluster;
   const std::int64_t tiles = (rows + kTileHeight - 1) / kTileHeight * ((num_columns + kN - 1) / kN);
   const double slots = static_cast<double>(round_up(tiles, workers)) * kTileHeight * kN;
-  return num_columns >= kPrefillColumns &&
-         slots / static_cast<double>(rows) + kExpanding < kSlower * static_cast<double>(num_columns);
+  return slots / static_cast<double>(rows) + kExpanding < kSlower * static_cast<double>(num_columns);
 }
 
 void expand_first(const Weight& weight, std::uint8_t* expanded, cudaStream_t stream) {

@@ -14,7 +14,7 @@ namespace {
 namespace cg = cooperative_groups;
 
 constexpr int kThreads = 512;      // of 32 registers: fits beside a block of few_columns.cu
-constexpr int kFewThreads = 256;   // where tokens are many: what a thread does once counts, and nothing is beside it
+constexpr int kFewThreads = 256;   // where tokens are many: what a thread does once counts (expand.cu leaves it room)
 constexpr int kManyTokens = 1024;  // from which on
 constexpr int kMaxClusterSize = 8;
 constexpr int kSpareMultiprocessors = 4;  // that the products of usual layers leave free

@@ -234,7 +234,7 @@ template <CodebookId kId, int kColumnTiles>
 bool run(Parameters& p, cudaStream_t stream) {
   p.num_tiles = static_cast<int>((p.weight.rows + kTileRows - 1) / kTileRows);
   const int most = ceil_div(p.num_tiles, device_properties().num_sms);  // of a block
-  if constexpr (kColumnTiles <= 4 && kId != CodebookId::kInt8) {        // 64 registers are enough
+  if constexpr (kColumnTiles <= 4 && kId != CodebookId::kInt8) {        // hardly any spill from 64 registers
     if (ceil_div(most, kManyWarps) < ceil_div(most, kFewWarps)) return run_with<kId, kColumnTiles, kManyWarps>(p, most, stream);
   }
   return run_with<kId, kColumnTiles, kFewWarps>(p, most, stream);

@@ -109,20 +109,25 @@ def test_every_kernel(kit, monkeypatch, kernel, name, mode):
 def test_more_tiles_than_multiprocessors(kit, monkeypatch, kernel, dtype):
     """A block takes several tiles, of several panels, one after another."""
     monkeypatch.setenv("PVQ_CUDA_KERNEL", kernel)
-    for name, columns, mode, tokens in (("pvq3", 136, "a8", 2300), ("int8", 640, "a16", 1100)):
-        layer = kit.build_layer([(name, 4500)], columns, mode)
+    for name, rows, columns, mode, tokens in (
+        ("pvq3", 4500, 136, "a8", 2300),
+        ("int8", 4500, 640, "a16", 1100),
+        ("pvq4", 9000, 136, "a8", 512),
+        ("pvq4", 4096, 136, "a8", 2048),  # whole tiles: expanding the weight pays
+    ):
+        layer = kit.build_layer([(name, rows)], columns, mode)
         x = kit.random_tokens(tokens, columns, dtype)
-        assert kit.describe_difference(*layer.both(x, torch.randn(4500).to(dtype))) == ""
+        assert kit.describe_difference(*layer.both(x, torch.randn(rows).to(dtype))) == ""
 
 
 @pytest.mark.parametrize("mode", ["a8", "a16"])
 @pytest.mark.parametrize("name", NAMES)
 def test_blocks_that_divide_a_reduction(kit, monkeypatch, name, mode):
-    """Few rows: clusters of two and three blocks add their sums up, of one chunk each and of many."""
+    """Few rows: clusters of two and three blocks add their sums up."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("this GPU has no wgmma")
     monkeypatch.setenv("PVQ_CUDA_KERNEL", "wgmma")
-    for columns, rows in ((264, 70), (2056, 6200), (4096, 3000)):
+    for columns, rows in ((2056, 6200), (2304, 4500), (4096, 3000)):
         layer = kit.build_layer([(name, rows)], columns, mode, 0)
         for tokens in (65, 128, 200, 256):
             x = kit.random_tokens(tokens, columns, torch.float16)
