@@ -8,6 +8,7 @@ grid, say little about the methods; after a random rotation all start from the s
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from pvq_vllm.codec.format import INDEX_FILE
 from .checkpoint_writer import DTYPE_NAMES, check_destination, plan_shards
 from .model_source import ModelSource
 from .quantize_checkpoint import COPIED_NAMES
-from .residual_rotation import FoldedSource, random_rotation
+from .residual_rotation import FoldedSource, RowRotation, random_rotation
 from .whole_files import move_into_place, write_file, write_safetensors
 
 MAX_SHARD_BYTES = 4_000_000_000
@@ -29,9 +30,11 @@ def rebase_model(
     seed: int = 0,
     dtype: torch.dtype = torch.bfloat16,
     overwrite: bool = False,
+    make_rotation: Callable[[int, int], RowRotation] = random_rotation,
 ) -> None:
-    """Fold the norms of the model folder ``model``, rotate its residual stream by a random orthogonal matrix
-    and write it to the folder ``out``, an ordinary model with a head of its own.
+    """Fold the norms of the model folder ``model``, rotate its residual stream by an orthogonal matrix, a random
+    one unless ``make_rotation`` (width, seed) gives another, and write it to the folder ``out``, an ordinary
+    model with a head of its own.
 
     The logits are those of ``model`` up to the rounding of the weights to ``dtype``. One tensor is in memory
     at a time.
@@ -41,7 +44,7 @@ def rebase_model(
     """
     out = Path(out)
     check_destination(out, overwrite)
-    source = FoldedSource.of(ModelSource.open(model), random_rotation, seed, rotate_heads=False)
+    source = FoldedSource.of(ModelSource.open(model), make_rotation, seed, rotate_heads=False)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
