@@ -22,7 +22,9 @@ from .device import deterministic
 from .model_source import ModelSource
 
 STORED_BYTES = 16 << 30  # or a quarter of the free memory
-LOGIT_TOKENS = 512  # of a head's backward pass: bounds the memory of a large vocabulary
+LOGIT_TOKENS = 256  # of a head's backward pass: bounds the memory of a large vocabulary
+PROBABILITIES = 1 << 20  # at a time, in float32: what a processor's cache holds
+DRAW_BLOCK = 256  # columns whose probabilities are summed before one of them is drawn
 
 
 @dataclass
@@ -137,7 +139,8 @@ class _Squares:
         self._leaders: dict[str, str] = {}  # the first one for all
 
     def add(self, name: str, leader: str, begin: int, batch_tokens: int, gradient: torch.Tensor) -> None:
-        squares = gradient.float().square().flatten(0, -2)
+        squares = gradient.detach().flatten(0, -2).to(torch.float32, copy=True)
+        squares *= squares  # in place: new memory costs more than the product
         total = squares.sum(dim=0)
         self._outputs[name] = self._outputs[name] + total if name in self._outputs else total
         if len(squares) == batch_tokens:
@@ -219,10 +222,7 @@ def _head_gradients(forward: LayerwiseForward, generator: torch.Generator) -> li
             for part in _head_inputs(batch):
                 final = part.detach().clone().requires_grad_()
                 logits = forward.logits(final)
-                gradient = logits.detach().flatten(0, 1).float().softmax(dim=-1)
-                drawn = _draw(gradient, generator)
-                gradient.scatter_add_(1, drawn, torch.full_like(drawn, -1, dtype=gradient.dtype))
-                logits.backward(gradient.view_as(logits).to(logits.dtype))
+                logits.backward(_logit_gradient(logits.detach(), generator))
                 parts.append(final.grad.flatten(0, 1))
             result.append(torch.cat(parts).reshape(batch.shape))
     return result
@@ -238,10 +238,38 @@ def _head_inputs(batch: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return batch.reshape(1, -1, batch.shape[-1]).split(LOGIT_TOKENS, dim=1)
 
 
+def _logit_gradient(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Return p - onehot(y) for a y drawn by p at every position, in the shape and dtype of ``logits``."""
+    result = torch.empty_like(logits).flatten(0, 1)
+    rows = len(result) if logits.is_cuda else max(1, PROBABILITIES // logits.shape[-1])
+    for part, given in zip(result.split(rows), logits.flatten(0, 1).split(rows), strict=True):
+        gradient = given.float().softmax(dim=-1)
+        gradient.scatter_add_(1, drawn := _draw(gradient, generator), gradient.new_full(drawn.shape, -1))
+        part.copy_(gradient)
+    return result.view_as(logits)
+
+
 def _draw(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Return int64 [n, 1], one column drawn for each row of [n, columns]. (torch.multinomial takes a random number
-    for each column.)
+    """Return int64 [n, 1], one column drawn for each row of float32 [n, columns].
+
+    One of the blocks of ``DRAW_BLOCK`` columns is drawn, then a column of it: of the others only sums are taken.
+    (torch.multinomial takes a random number for each column.)
     """
-    cumulated = probabilities.cumsum(dim=-1)
-    uniform = torch.rand(len(cumulated), 1, generator=generator, device=cumulated.device) * cumulated[:, -1:]
-    return torch.searchsorted(cumulated, uniform, right=True).clamp_max(cumulated.shape[-1] - 1)
+    rows, columns = probabilities.shape
+    whole = columns - columns % DRAW_BLOCK
+    blocks = probabilities[:, :whole].unflatten(1, (-1, DRAW_BLOCK)).sum(dim=-1)
+    rest = probabilities[:, whole:].sum(dim=-1, keepdim=True)
+    cumulated = torch.cat([torch.zeros_like(rest), blocks, rest], dim=1).cumsum(dim=1)
+    uniform = torch.rand(rows, 1, generator=generator, device=rest.device) * cumulated[:, -1:]
+    block = _first_above(cumulated[:, 1:], uniform)
+    column = block * DRAW_BLOCK + torch.arange(DRAW_BLOCK, device=block.device)
+    inside = probabilities.gather(1, column.clamp_max(columns - 1)).masked_fill_(column >= columns, 0)
+    return block * DRAW_BLOCK + _first_above(inside.cumsum(dim=1), uniform - cumulated.gather(1, block))
+
+
+def _first_above(cumulated: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Return int64 [n, 1], in each row of [n, k] the first column with more than the value of [n, 1], which is taken to be
+    below the row's last (it can reach that by rounding).
+    """
+    below = torch.minimum(values, cumulated[:, -1:].nextafter(values.new_zeros(())))
+    return torch.searchsorted(cumulated.contiguous(), below, right=True)

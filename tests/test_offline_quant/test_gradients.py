@@ -26,6 +26,7 @@ def small_batches_in_float32(monkeypatch):
     monkeypatch.setattr(calibration, "BATCH_TOKENS", 128)
     monkeypatch.setattr(calibration, "forward_dtype", lambda device="cpu": torch.float32)
     monkeypatch.setattr(gradients, "LOGIT_TOKENS", 48)
+    monkeypatch.setattr(gradients, "PROBABILITIES", 10000)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3-tied"])
@@ -76,13 +77,21 @@ def test_drawn_labels_follow_the_seed(tiny_llama):
     assert torch.equal(first[name], again[name]) and not torch.equal(first[name], other[name])
 
 
-def test_labels_are_drawn_by_their_probabilities():
-    probabilities = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3, 0.0])
+@pytest.mark.parametrize("block", [2, 4, 7, 256])
+def test_labels_are_drawn_by_their_probabilities(monkeypatch, block):
+    monkeypatch.setattr(gradients, "DRAW_BLOCK", block)
+    probabilities = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3, 0.0, 0.0])
     drawn = gradients._draw(probabilities.expand(20000, -1), torch.Generator().manual_seed(0))
     assert drawn.shape == (20000, 1)
-    found = torch.bincount(drawn[:, 0], minlength=6) / 20000
+    found = torch.bincount(drawn[:, 0], minlength=7) / 20000
     assert (found[probabilities == 0] == 0).all()
     torch.testing.assert_close(found, probabilities, rtol=0, atol=0.02)
+
+
+def test_a_number_at_the_end_of_the_sums_draws_nothing_impossible():
+    cumulated = torch.tensor([[0.25, 1.0, 1.0], [0.0, 0.0, 0.5]])
+    assert gradients._first_above(cumulated, torch.tensor([[1.0], [0.75]])).tolist() == [[1], [2]]
+    assert gradients._first_above(cumulated, torch.tensor([[0.25], [0.0]])).tolist() == [[1], [2]]
 
 
 def test_what_is_stored_comes_back():
