@@ -9,7 +9,9 @@ Both passes stream the layers of the base model. The backward pass needs the inp
 tokens go through in slices whose inputs take ``STORED_BYTES`` at most. How they are cut does not change the result.
 """
 
+import math
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
@@ -23,7 +25,7 @@ from .model_source import ModelSource
 
 STORED_BYTES = 16 << 30  # or a quarter of the free memory
 LOGIT_TOKENS = 256  # of a head's backward pass: bounds the memory of a large vocabulary
-PROBABILITIES = 1 << 20  # at a time, in float32: what a processor's cache holds
+CACHED = 1 << 20  # float32 values at a time on a CPU: its cache holds them, and malloc has their memory at hand
 DRAW_BLOCK = 256  # columns whose probabilities are summed before one of them is drawn
 
 
@@ -117,15 +119,16 @@ def output_gradients(
     collected = _Squares(tokens.numel())
     for index, part in enumerate(slices):
         where = f" ({index + 1} of {len(slices)})" if len(slices) > 1 else ""
+        forward = LayerwiseForward(source, part, device=device)
+        backward = _backward_in_memory if _fits_in_memory(source, forward, room) else _backward
         with deterministic(device):
-            _backward(
+            backward(
                 source,
-                LayerwiseForward(source, part, device=device),
+                forward,
                 generator,
                 collected,
                 lambda text, where=where: progress(f"gradients{where}: {text}"),
             )
-        collected.begin += part.numel()
     return collected.result()
 
 
@@ -139,15 +142,20 @@ class _Squares:
         self._leaders: dict[str, str] = {}  # the first one for all
 
     def add(self, name: str, leader: str, begin: int, batch_tokens: int, gradient: torch.Tensor) -> None:
-        squares = gradient.detach().flatten(0, -2).to(torch.float32, copy=True)
-        squares *= squares  # in place: new memory costs more than the product
-        total = squares.sum(dim=0)
+        gradient = gradient.detach().flatten(0, -2)
+        rows = len(gradient) if gradient.is_cuda else max(1, CACHED // gradient.shape[1])
+        total, means = 0, []
+        for part in gradient.split(rows):
+            squares = part.to(torch.float32, copy=True)
+            squares *= squares
+            total = total + squares.sum(dim=0)
+            means.append(squares.mean(dim=1))
         self._outputs[name] = self._outputs[name] + total if name in self._outputs else total
-        if len(squares) == batch_tokens:
+        if len(gradient) == batch_tokens:
             self._leaders[name] = leader
             if leader not in self._tokens:
-                self._tokens[leader] = torch.zeros(self.num_tokens, device=squares.device)
-            self._tokens[leader][begin : begin + batch_tokens] += squares.mean(dim=1)
+                self._tokens[leader] = torch.zeros(self.num_tokens, device=gradient.device)
+            self._tokens[leader][begin : begin + batch_tokens] += torch.cat(means)
 
     def result(self) -> OutputGradients:
         outputs = {name: (total / self.num_tokens).cpu() for name, total in sorted(self._outputs.items())}
@@ -170,28 +178,97 @@ def _backward(
         with forward.loaded(layer):
             forward.advance(layer)
         progress(f"forward through layer {layer + 1} of {depth}")
-    gradients = _head_gradients(forward, generator)
+    with forward.head_loaded():
+        gradients = [_head_gradient(forward, hidden, generator) for hidden in forward.hidden]
     for layer in reversed(range(depth)):
-        with forward.loaded(layer) as module:
-            prefix = f"{source.layers_name}.{layer}."
+        with forward.loaded(layer):
             begin = collected.begin
             for index, stored in enumerate(inputs.pop()):
                 hidden = stored.to(forward.device).requires_grad_()
-                batch_tokens = hidden.shape[0] * hidden.shape[1]
-                leaders: dict[int, tuple[torch.Tensor, str]] = {}
-                hooks = [
-                    module.get_submodule(name.removeprefix(prefix)).register_forward_hook(
-                        _square(name, leaders, collected, begin, batch_tokens)
-                    )
-                    for name in source.linear_names(layer)
-                ]
-                output = forward.run_layer(layer, hidden, gradient=True)
-                for hook in hooks:
-                    hook.remove()
-                output.backward(gradients[index])
+                _observed_layer(source, forward, layer, hidden, collected, begin).backward(gradients[index])
                 gradients[index] = hidden.grad
-                begin += batch_tokens
+                begin += hidden.shape[0] * hidden.shape[1]
         progress(f"backward through layer {layer + 1} of {depth}")
+    collected.begin = begin
+
+
+def _backward_in_memory(
+    source: ModelSource,
+    forward: LayerwiseForward,
+    generator: torch.Generator,
+    collected: _Squares,
+    progress: Callable[[str], None],
+) -> None:
+    """Do the same with all layers in memory, batch by batch, so that no layer runs forward twice."""
+    depth, count = len(source.layers), len(forward.hidden)
+    with ExitStack() as loaded:
+        for layer in range(depth):
+            loaded.enter_context(forward.loaded(layer))
+        loaded.enter_context(forward.head_loaded())
+        for index in range(count):
+            hidden = forward.hidden[index]
+            passed: list[tuple[torch.Tensor, torch.Tensor]] = []
+            for layer in range(depth):
+                hidden = hidden.detach().requires_grad_()
+                output = _observed_layer(source, forward, layer, hidden, collected, collected.begin)
+                passed.append((hidden, output))
+                hidden = output
+            gradient = _head_gradient(forward, hidden, generator)
+            del output
+            while passed:
+                hidden, output = passed.pop()
+                output.backward(gradient)
+                gradient = hidden.grad
+            collected.begin += hidden.shape[0] * hidden.shape[1]
+            progress(f"batch {index + 1} of {count}")
+
+
+def _observed_layer(
+    source: ModelSource,
+    forward: LayerwiseForward,
+    layer: int,
+    hidden: torch.Tensor,
+    collected: _Squares,
+    begin: int,
+) -> torch.Tensor:
+    """Return what the loaded layer makes of one batch, of which ``begin`` is the first token. The backward pass from there
+    adds to ``collected``.
+    """
+    prefix = f"{source.layers_name}.{layer}."
+    batch_tokens = hidden.shape[0] * hidden.shape[1]
+    leaders: dict[int, tuple[torch.Tensor, str]] = {}
+    hooks = [
+        source.layers[layer]
+        .get_submodule(name.removeprefix(prefix))
+        .register_forward_hook(_square(name, leaders, collected, begin, batch_tokens))
+        for name in source.linear_names(layer)
+    ]
+    try:
+        return forward.run_layer(layer, hidden, gradient=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _fits_in_memory(source: ModelSource, forward: LayerwiseForward, room: int) -> bool:
+    """True if all weights, and what the backward pass of a batch needs, take ``room`` bytes of the host at most. All
+    layers are taken to need what the first one does.
+    """
+    if forward.device != "cpu":
+        return False
+    weights = sum(math.prod(info.shape) for info in source.tensors.values()) * forward.dtype.itemsize
+    if weights > room:
+        return False
+    kept: dict[int, int] = {}
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    hidden = forward.hidden[0].detach().requires_grad_()
+    with forward.loaded(0), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        _output = forward.run_layer(0, hidden, gradient=True)  # its graph keeps what was counted
+    return weights + len(source.layers) * sum(kept.values()) <= room
 
 
 def _square(
@@ -213,19 +290,17 @@ def _square(
     return hook
 
 
-def _head_gradients(forward: LayerwiseForward, generator: torch.Generator) -> list[torch.Tensor]:
-    """Return the gradient for the output of the last layer, for every batch; dlogits = p - onehot(y)."""
-    result = []
-    with forward.head_loaded():
-        for batch in forward.hidden:
-            parts = []
-            for part in _head_inputs(batch):
-                final = part.detach().clone().requires_grad_()
-                logits = forward.logits(final)
-                logits.backward(_logit_gradient(logits.detach(), generator))
-                parts.append(final.grad.flatten(0, 1))
-            result.append(torch.cat(parts).reshape(batch.shape))
-    return result
+def _head_gradient(
+    forward: LayerwiseForward, batch: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
+    """Return the gradient for ``batch``, an output of the last layer; dlogits = p - onehot(y)."""
+    parts = []
+    for part in _head_inputs(batch.detach()):
+        final = part.clone().requires_grad_()
+        logits = forward.logits(final)
+        logits.backward(_logit_gradient(logits.detach(), generator))
+        parts.append(final.grad.flatten(0, 1))
+    return torch.cat(parts).reshape(batch.shape)
 
 
 def _head_inputs(batch: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -241,7 +316,7 @@ def _head_inputs(batch: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def _logit_gradient(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Return p - onehot(y) for a y drawn by p at every position, in the shape and dtype of ``logits``."""
     result = torch.empty_like(logits).flatten(0, 1)
-    rows = len(result) if logits.is_cuda else max(1, PROBABILITIES // logits.shape[-1])
+    rows = len(result) if logits.is_cuda else max(1, CACHED // logits.shape[-1])
     for part, given in zip(result.split(rows), logits.flatten(0, 1).split(rows), strict=True):
         gradient = given.float().softmax(dim=-1)
         gradient.scatter_add_(1, drawn := _draw(gradient, generator), gradient.new_full(drawn.shape, -1))

@@ -26,7 +26,7 @@ def small_batches_in_float32(monkeypatch):
     monkeypatch.setattr(calibration, "BATCH_TOKENS", 128)
     monkeypatch.setattr(calibration, "forward_dtype", lambda device="cpu": torch.float32)
     monkeypatch.setattr(gradients, "LOGIT_TOKENS", 48)
-    monkeypatch.setattr(gradients, "PROBABILITIES", 10000)
+    monkeypatch.setattr(gradients, "CACHED", 10000)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3-tied"])
