@@ -8,7 +8,7 @@ layers before it really produce.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from pvq_vllm.codec.errors import PVQError
 
 from .hessian import HessianSum
 from .model_source import ModelSource
+from .norms import fast_norms
 
 BATCH_TOKENS = (
     4096  # per forward pass: large enough for full speed, small against the weights of a large layer
@@ -64,7 +65,8 @@ class LayerwiseForward:
         module = self.source.layers[layer]
         self._materialize(module, f"{self.source.layers_name}.{layer}.")
         try:
-            yield module
+            with fast_norms(module) if self.device == "cpu" else nullcontext():
+                yield module
         finally:
             _dematerialize(module)
 
