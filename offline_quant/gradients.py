@@ -25,7 +25,9 @@ from .model_source import ModelSource
 
 STORED_BYTES = 16 << 30  # or a quarter of the free memory
 LOGIT_TOKENS = 256  # of a head's backward pass: bounds the memory of a large vocabulary
-CACHED = 1 << 20  # float32 values at a time on a CPU: its cache holds them, and malloc has their memory at hand
+CACHED = (
+    1 << 20
+)  # float32 values at a time on a CPU: its cache holds them, and malloc has their memory at hand
 DRAW_BLOCK = 256  # columns whose probabilities are summed before one of them is drawn
 
 

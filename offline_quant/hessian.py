@@ -37,7 +37,9 @@ class HessianSum:
         """
         x = x.reshape(-1, x.shape[-1])
         if weights is not None:
-            x = (x.float() * weights.to(x.device).sqrt()[:, None]).to(x.dtype if x.is_cuda else torch.float32)
+            wide = x.to(torch.float32, copy=True)
+            wide *= weights.to(x.device).sqrt()[:, None]  # in place: new memory costs more than the product
+            x = wide.to(x.dtype if x.is_cuda else torch.float32)
         if x.is_cuda and x.dtype != torch.float32:
             # On tensor cores, ten times as fast; products of two 16-bit floats are exact in float32.
             self.total += torch.mm(x.T, x, out_dtype=torch.float32)

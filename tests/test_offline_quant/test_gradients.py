@@ -30,7 +30,7 @@ def small_batches_in_float32(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3-tied"])
-@pytest.mark.parametrize("stored_bytes", [1, 1 << 30])  # a slice for each batch, and one slice
+@pytest.mark.parametrize("stored_bytes", [1, 1 << 30])  # a slice for each batch, and all layers in memory
 def test_squares_equal_those_of_the_whole_model(tiny_model_folder, monkeypatch, name, stored_bytes):
     source = ModelSource.open(tiny_model_folder(name))
     ids = calibration_tokens(source.folder, "builtin", 5, 64)
@@ -67,6 +67,25 @@ def test_squares_equal_those_of_the_whole_model(tiny_model_folder, monkeypatch, 
         expected = tokens[f"{parent}.{LEADERS.get(leaf, leaf)}"]
         torch.testing.assert_close(found.tokens[key], expected, rtol=1e-3, atol=1e-9)
     assert all(parameter.is_meta for parameter in source.skeleton.parameters())
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3-tied"])
+def test_how_much_is_in_memory_does_not_change_a_bit(tiny_model_folder, monkeypatch, name):
+    source = ModelSource.open(tiny_model_folder(name))
+    ids = calibration_tokens(source.folder, "builtin", 5, 64)
+    found = []
+    for stored_bytes, way in ((1 << 30, "_backward_in_memory"), (1 << 30, "_backward"), (1, "_backward")):
+        with monkeypatch.context() as patch:
+            patch.setattr(gradients, "STORED_BYTES", stored_bytes)
+            if way == "_backward":
+                patch.setattr(gradients, "_backward_in_memory", gradients._backward)
+            else:
+                patch.delattr(gradients, "_backward")
+            found.append(output_gradients(source, ids, 3, "cpu").to_tensors())
+    assert len(found[0]) == 22
+    for other in found[1:]:
+        assert other.keys() == found[0].keys()
+        assert all(torch.equal(other[key], tensor) for key, tensor in found[0].items())
 
 
 def test_drawn_labels_follow_the_seed(tiny_llama):
