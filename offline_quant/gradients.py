@@ -6,7 +6,8 @@ information. Two means of its squares are kept: over the tokens for each output,
 (``sensitivity``), and over the outputs for each token, which tells where errors cost most (``token_weights``).
 
 Both passes stream the layers of the base model. The backward pass needs the inputs of all layers, so that the
-tokens go through in slices whose inputs take ``STORED_BYTES`` at most. How they are cut does not change the result.
+tokens go through in slices whose inputs take ``STORED_BYTES`` at most. A model that is small beside that stays in
+memory. None of this changes the result.
 """
 
 import math
@@ -25,9 +26,8 @@ from .model_source import ModelSource
 
 STORED_BYTES = 16 << 30  # or a quarter of the free memory
 LOGIT_TOKENS = 256  # of a head's backward pass: bounds the memory of a large vocabulary
-CACHED = (
-    1 << 20
-)  # float32 values at a time on a CPU: its cache holds them, and malloc has their memory at hand
+# Values at a time that a CPU takes as float32: its cache holds them, and malloc keeps the memory of so few.
+CACHED = 1 << 20
 DRAW_BLOCK = 256  # columns whose probabilities are summed before one of them is drawn
 
 
