@@ -8,7 +8,7 @@ layers before it really produce.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 
 import torch
 from torch import nn
@@ -30,6 +30,10 @@ def forward_dtype(device: str = "cpu") -> torch.dtype:
     """
     native = device == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if native else torch.float32
+
+
+class _AllSeen(Exception):
+    """Ends a forward pass of which the rest is not needed."""
 
 
 class LayerwiseForward:
@@ -92,10 +96,13 @@ class LayerwiseForward:
         inputs: dict[
             int, tuple[torch.Tensor, str]
         ] = {}  # of one pass; the tensors are kept so that no id is used again
+        called: list[str] = []  # in the first pass
+        last: str | None = None  # after it nothing of a pass is of interest
 
         def hook(name: str) -> Callable:
             def collect_input(_module: nn.Module, args: tuple) -> None:
                 x = args[0]
+                called.append(name)
                 if name not in leader:
                     leader[name] = inputs.get(id(x), (x, name))[1]
                     inputs.setdefault(id(x), (x, name))
@@ -106,6 +113,8 @@ class LayerwiseForward:
                     if weights is not None:
                         weights = weights[begin : begin + x.numel() // x.shape[-1]]
                     sums[name].add(x, weights)
+                if name == last:
+                    raise _AllSeen
 
             return collect_input
 
@@ -114,8 +123,11 @@ class LayerwiseForward:
             for name in names
         ]
         try:
-            for hidden in self.hidden:
-                self.run_layer(layer, hidden)
+            for index, hidden in enumerate(self.hidden):
+                with suppress(_AllSeen):
+                    self.run_layer(layer, hidden)
+                if index == 0 and sorted(called) == sorted(names):  # not so in mixtures of experts
+                    last = called[-1]
                 inputs.clear()
                 begin += hidden.shape[0] * hidden.shape[1]
         finally:

@@ -7,6 +7,8 @@ best correction of the columns still to come is read off U, the upper Cholesky f
 Frantar et al. 2023; docs/quantizer.md).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +38,7 @@ class HessianSum:
             weights: float32 [tokens], not negative, of mean 1 over all batches; None: 1 for each.
         """
         x = x.reshape(-1, x.shape[-1])
+        is_short = x.dtype in (torch.bfloat16, torch.float16)
         if weights is not None:
             wide = x.to(torch.float32, copy=True)
             wide *= weights.to(x.device).sqrt()[:, None]  # in place: new memory costs more than the product
@@ -45,9 +48,10 @@ class HessianSum:
             self.total += torch.mm(x.T, x, out_dtype=torch.float32)
         else:
             x = x.float()
-            for start in range(0, x.shape[1], BLOCK):
-                columns = slice(start, start + BLOCK)
-                self.total[columns, start:].addmm_(x[:, columns].T, x[:, start:])
+            with _short_products(is_short and not x.is_cuda):
+                for start in range(0, x.shape[1], BLOCK):
+                    columns = slice(start, start + BLOCK)
+                    self.total[columns, start:].addmm_(x[:, columns].T, x[:, start:])
         self.num_tokens += x.shape[0]
 
     def mean(self) -> torch.Tensor:
@@ -57,6 +61,20 @@ class HessianSum:
             columns = slice(stop - BLOCK, stop)
             mean[stop:, columns] = mean[columns, stop:].T
         return mean
+
+
+@contextmanager
+def _short_products(wanted: bool) -> Iterator[None]:
+    """If ``wanted``, and where a CPU has instructions for it, let products of float32 matrices round their factors to
+    bfloat16; sums stay float32. The activations had no more digits before they were weighted.
+    """
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16" if wanted else before
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 @dataclass(frozen=True)

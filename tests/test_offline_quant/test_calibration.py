@@ -123,3 +123,18 @@ def test_decoders_may_take_the_result_of_a_layer_or_the_first_of_a_tuple(tmp_pat
         expected = model.float()(ids).logits
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     assert forward.collect_head().num_tokens == 144
+
+
+def test_collecting_ends_a_pass_after_the_last_linear_but_not_the_first_pass(tiny_llama):
+    """What lies behind the last linear's input is computed once, to learn which linear is the last."""
+    source = ModelSource.open(tiny_llama)
+    tokens = torch.arange(16 * 1024).reshape(16, 1024) % 512
+    forward = LayerwiseForward(source, tokens)
+    assert len(forward.hidden) > 1
+    outputs = []
+    with forward.loaded(0) as module:
+        handle = module.register_forward_hook(lambda *_: outputs.append(1))
+        sums = forward.collect(0, source.linear_names(0))
+        handle.remove()
+    assert len(outputs) == 1
+    assert {total.num_tokens for total in sums.values()} == {tokens.numel()}

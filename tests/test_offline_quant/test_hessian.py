@@ -29,3 +29,18 @@ def test_hessian_against_autograd(monkeypatch, weighted, block):
         total.add(x[tokens], weights[tokens] if weighted else None)
     expected = torch.autograd.functional.hessian(mean_squared_error, torch.zeros(WIDTH))
     torch.testing.assert_close(2 * total.mean(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_weighted_sums_of_short_activations_are_close_and_leave_the_settings_alone():
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(500, 300, generator=generator).bfloat16()
+    weights = torch.rand(500, generator=generator) + 0.1
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    total = HessianSum(300)
+    total.add(x, weights)
+    assert settings.fp32_precision == before
+    exact = x.double().T @ (weights.double()[:, None] * x.double()) / 500
+    # Factors may be rounded to bfloat16: 2^-9 each, at random, so less in a sum of 500.
+    assert (total.mean() - exact).norm() < 2**-8 * exact.norm()
+    assert torch.equal(total.mean(), total.mean().T)
