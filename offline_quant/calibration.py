@@ -96,7 +96,7 @@ class LayerwiseForward:
         inputs: dict[
             int, tuple[torch.Tensor, str]
         ] = {}  # of one pass; the tensors are kept so that no id is used again
-        called: list[str] = []  # in the first pass
+        called: list[str] = []  # in the order of the calls
         last: str | None = None  # after it nothing of a pass is of interest
 
         def hook(name: str) -> Callable:

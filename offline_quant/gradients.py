@@ -122,10 +122,9 @@ def output_gradients(
     for index, part in enumerate(slices):
         where = f" ({index + 1} of {len(slices)})" if len(slices) > 1 else ""
         forward = LayerwiseForward(source, part, device=device)
-        backward = _backward_in_memory if _fits_in_memory(source, forward, room) else _backward
+        backward = _backward_in_memory if _fits_in_memory(forward, room) else _backward
         with deterministic(device):
             backward(
-                source,
                 forward,
                 generator,
                 collected,
@@ -166,14 +165,13 @@ class _Squares:
 
 
 def _backward(
-    source: ModelSource,
     forward: LayerwiseForward,
     generator: torch.Generator,
     collected: _Squares,
     progress: Callable[[str], None],
 ) -> None:
     """Send the batches of ``forward`` through all layers and back."""
-    depth = len(source.layers)
+    depth = len(forward.source.layers)
     inputs: list[list[torch.Tensor]] = []
     for layer in range(depth):
         inputs.append([hidden.cpu() for hidden in forward.hidden])
@@ -187,7 +185,7 @@ def _backward(
             begin = collected.begin
             for index, stored in enumerate(inputs.pop()):
                 hidden = stored.to(forward.device).requires_grad_()
-                _observed_layer(source, forward, layer, hidden, collected, begin).backward(gradients[index])
+                _observed_layer(forward, layer, hidden, collected, begin).backward(gradients[index])
                 gradients[index] = hidden.grad
                 begin += hidden.shape[0] * hidden.shape[1]
         progress(f"backward through layer {layer + 1} of {depth}")
@@ -195,14 +193,13 @@ def _backward(
 
 
 def _backward_in_memory(
-    source: ModelSource,
     forward: LayerwiseForward,
     generator: torch.Generator,
     collected: _Squares,
     progress: Callable[[str], None],
 ) -> None:
     """Do the same with all layers in memory, batch by batch, so that no layer runs forward twice."""
-    depth, count = len(source.layers), len(forward.hidden)
+    depth, count = len(forward.source.layers), len(forward.hidden)
     with ExitStack() as loaded:
         for layer in range(depth):
             loaded.enter_context(forward.loaded(layer))
@@ -212,7 +209,7 @@ def _backward_in_memory(
             passed: list[tuple[torch.Tensor, torch.Tensor]] = []
             for layer in range(depth):
                 hidden = hidden.detach().requires_grad_()
-                output = _observed_layer(source, forward, layer, hidden, collected, collected.begin)
+                output = _observed_layer(forward, layer, hidden, collected, collected.begin)
                 passed.append((hidden, output))
                 hidden = output
             gradient = _head_gradient(forward, hidden, generator)
@@ -226,7 +223,6 @@ def _backward_in_memory(
 
 
 def _observed_layer(
-    source: ModelSource,
     forward: LayerwiseForward,
     layer: int,
     hidden: torch.Tensor,
@@ -236,6 +232,7 @@ def _observed_layer(
     """Return what the loaded layer makes of one batch, of which ``begin`` is the first token. The backward pass from there
     adds to ``collected``.
     """
+    source = forward.source
     prefix = f"{source.layers_name}.{layer}."
     batch_tokens = hidden.shape[0] * hidden.shape[1]
     leaders: dict[int, tuple[torch.Tensor, str]] = {}
@@ -252,13 +249,13 @@ def _observed_layer(
             hook.remove()
 
 
-def _fits_in_memory(source: ModelSource, forward: LayerwiseForward, room: int) -> bool:
+def _fits_in_memory(forward: LayerwiseForward, room: int) -> bool:
     """True if all weights, and what the backward pass of a batch needs, take ``room`` bytes of the host at most. All
     layers are taken to need what the first one does.
     """
     if forward.device != "cpu":
         return False
-    weights = sum(math.prod(info.shape) for info in source.tensors.values()) * forward.dtype.itemsize
+    weights = sum(math.prod(info.shape) for info in forward.source.tensors.values()) * forward.dtype.itemsize
     if weights > room:
         return False
     kept: dict[int, int] = {}
@@ -270,7 +267,7 @@ def _fits_in_memory(source: ModelSource, forward: LayerwiseForward, room: int) -
     hidden = forward.hidden[0].detach().requires_grad_()
     with forward.loaded(0), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         _output = forward.run_layer(0, hidden, gradient=True)  # its graph keeps what was counted
-    return weights + len(source.layers) * sum(kept.values()) <= room
+    return weights + len(forward.source.layers) * sum(kept.values()) <= room
 
 
 def _square(
