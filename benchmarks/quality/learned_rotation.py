@@ -13,6 +13,7 @@ iteration prints the relative squared error of rounding.
 """
 
 import argparse
+import itertools
 import math
 import time
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ import torch
 from offline_quant.checkpoint_writer import check_destination
 from offline_quant.model_source import ModelSource
 from offline_quant.rebase import rebase_model
-from offline_quant.residual_rotation import FoldedSource, RowRotation, hadamard_rotation
+from offline_quant.residual_rotation import READERS, WRITERS, FoldedSource, RowRotation, hadamard_rotation
 from offline_quant.rotation import rotate_rows
 from pvq_vllm import ops
 from pvq_vllm.codec.format import Codebook
@@ -63,26 +64,19 @@ class Stream:
         self.source = FoldedSource.of(source, all_but_the_stream, seed, rotate_heads=True)
         self.seed = seed
 
-    def weights(self) -> Iterator[tuple[str, bool, torch.Tensor]]:
-        """(name, whether its columns are the stream's, else its rows; weight, float32)."""
+    def weights(self) -> Iterator[tuple[bool, torch.Tensor]]:
+        """(whether its columns are the stream's, else its rows; weight, float32)."""
         for layer in range(len(self.source.layers)):
-            for module in (
-                "self_attn.q_proj",
-                "self_attn.k_proj",
-                "self_attn.v_proj",
-                "mlp.gate_proj",
-                "mlp.up_proj",
-            ):
-                name = f"{self.source.layers_name}.{layer}.{module}.weight"
-                yield name, True, self.source.read(name)
-            for module in ("self_attn.o_proj", "mlp.down_proj"):
-                name = f"{self.source.layers_name}.{layer}.{module}.weight"
+            prefix = f"{self.source.layers_name}.{layer}."
+            for module in (*itertools.chain(*READERS.values()), *WRITERS):
+                name = f"{prefix}{module}.weight"
+                if name not in self.source.tensors:
+                    continue
                 weight = self.source.read(name)
                 if module == "mlp.down_proj":
-                    blocks = math.ceil(weight.shape[1] / INNER_BLOCK)
-                    layout = rotation_layout(weight.shape[1], blocks)
+                    layout = rotation_layout(weight.shape[1], math.ceil(weight.shape[1] / INNER_BLOCK))
                     weight = rotate_rows(weight, Rotation(self.seed, weight.shape[1], *layout))
-                yield name, False, weight
+                yield module not in WRITERS, weight
 
     def improve(
         self, rotation: torch.Tensor, codebook: str, scale_by_rms: float
@@ -90,7 +84,7 @@ class Stream:
         """The best rotation for the codes that are nearest in ``rotation``, and the mean relative squared error there."""
         cross = torch.zeros(self.width, self.width, dtype=torch.float64)
         errors = []
-        for _, reads, weight in self.weights():
+        for reads, weight in self.weights():
             turned = weight @ rotation.T if reads else rotation @ weight
             nearest = rounded(turned.contiguous(), codebook, scale_by_rms)
             energy = weight.square().sum().item()
@@ -128,9 +122,7 @@ def main() -> None:
     if options.iterations:
         error = stream.improve(rotation, codebook, scale_by_rms)[1]
         print(f"{options.iterations}: {error:.6f}, {-10 * math.log10(error):.3f} dB")
-    basis = (
-        start.T.double() @ rotation.double()
-    ).T.contiguous()  # `start` after it is `rotation`; transposed
+    basis = (rotation.T.double() @ start.double()).contiguous()  # transposed: `start` after it is `rotation`
     rebase_model(
         options.model, options.out, make_rotation=lambda width, seed: lambda x: (x.double() @ basis).float()
     )
