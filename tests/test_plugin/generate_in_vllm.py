@@ -25,7 +25,7 @@ def main(request_path: str, answer_path: str) -> None:
     prompts = [{"prompt_token_ids": prompt} for prompt in request["prompts"]]
     answers = []
     for arguments in request["runs"]:
-        llm = LLM(dtype="float32", max_model_len=128, max_num_seqs=4, **arguments)
+        llm = LLM(**{"dtype": "float32", "max_model_len": 128, "max_num_seqs": 4} | arguments)
         outputs = llm.generate(prompts, sampling, use_tqdm=False)
         losses = [
             -given[token].logprob

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,6 +23,8 @@ pytestmark = [
 PROMPTS = [[(7 * i + 11 * j) % 510 + 2 for i in range(20)] for j in range(3)]
 MAX_TOKENS = 12
 MARGIN = 0.4  # of the standard deviation of the logits, in bfloat16; the unquantized model is off by far more
+
+SETTINGS = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
 
 GENERATE = """
 import json, sys
@@ -91,18 +94,15 @@ def test_vllm_eager_with_graphs_and_with_dummy_weights(folder, tiny_model_folder
     runs = [model | {"enforce_eager": True}, model, model | {"enforce_eager": True, "load_format": "dummy"}]
     request = {"prompts": PROMPTS, "max_tokens": MAX_TOKENS, "runs": runs}
     settings = {
-        "HF_HUB_OFFLINE": "1",
         "VLLM_CACHE_ROOT": str(tmp_path / "cache"),
-        "VLLM_NO_USAGE_STATS": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the plugin is registered in this process
-        "VLLM_USE_FLASHINFER_SAMPLER": "0",
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
     answer = tmp_path / "answer.json"
     result = subprocess.run(
         [sys.executable, "-c", GENERATE, str(answer)],
         input=json.dumps(request),
-        env=os.environ | settings,
+        env=os.environ | SETTINGS | settings,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -115,3 +115,42 @@ def test_vllm_eager_with_graphs_and_with_dummy_weights(folder, tiny_model_folder
     for token_ids in (eager, with_graphs):
         assert worst_choice(quantized, token_ids) <= MARGIN < worst_choice(control, token_ids)
     assert all(len(chosen) == MAX_TOKENS for chosen in dummy)
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_vllm_on_two_gpus(tiny_model_folder, checkpoint_writer, all_codebooks, tmp_path):
+    """Tensor parallel: every layer split between two GPUs, those with split inputs in whole blocks of the rotation."""
+    if find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one GPU")
+    if not any(entry.name == "pvq" for entry in entry_points(group="vllm.general_plugins")):
+        pytest.skip("the project is not installed, and vLLM's workers would not find the plugin")
+    folder = checkpoint_writer(tiny_model_folder("llama"), tmp_path / "split", all_codebooks, 2)
+    common = {
+        "model": str(folder),
+        "dtype": "bfloat16",
+        "gpu_memory_utilization": 0.2,
+        "tensor_parallel_size": 2,
+    }
+    request = {
+        "prompts": PROMPTS,
+        "max_tokens": MAX_TOKENS,
+        "runs": [common | {"enforce_eager": True}, common],
+    }
+    (tmp_path / "request.json").write_text(json.dumps(request))
+    answer, program = tmp_path / "answer.json", Path(__file__).with_name("generate_in_vllm.py")
+    result = subprocess.run(
+        [sys.executable, str(program), str(tmp_path / "request.json"), str(answer)],
+        env=os.environ | SETTINGS | {"VLLM_CACHE_ROOT": str(tmp_path / "cache")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=500,
+    )
+    assert answer.exists(), f"vLLM failed:\n{result.stdout[-6000:]}"
+    quantized = load(folder, "cuda", torch.bfloat16)
+    control = load(tiny_model_folder("llama"), "cuda", torch.bfloat16)
+    for run in json.loads(answer.read_text()):
+        assert worst_choice(quantized, run["token_ids"]) <= MARGIN < worst_choice(control, run["token_ids"])
