@@ -70,7 +70,7 @@ void multiply(Choice chosen, const Activations& a, const Weight& weight, const O
     return;
   if (hopper && (any || chosen == Choice::kTiles) && warp_tiles(a, weight, output, stream)) return;
   if (hopper && chosen != Choice::kMma && (!any || a.num_columns() > kMmaColumns)) {
-    many_columns_wgmma(a, weight, output, scratch, stream);
+    many_columns_wgmma(a, weight, output, stream);
   } else {
     many_columns(a, weight, output, scratch, stream);
   }

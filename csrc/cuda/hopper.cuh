@@ -78,20 +78,6 @@ __device__ __forceinline__ void synchronize_threads(int id, int count) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory");
 }
 
-// The same, and whether the value is true in any of them.
-__device__ __forceinline__ bool any_thread(int id, int count, bool value) {
-  std::uint32_t any;
-  asm volatile(
-      "{\n.reg .pred mine, all;\n"
-      "setp.ne.u32 mine, %3, 0;\n"
-      "bar.red.or.pred all, %1, %2, mine;\n"
-      "selp.b32 %0, 1, 0, all;\n}"
-      : "=r"(any)
-      : "r"(id), "r"(count), "r"(static_cast<std::uint32_t>(value))
-      : "memory");
-  return any != 0;
-}
-
 // Registers of a thread from here on, for all warps of a warpgroup: given back to, or taken from, those of the CTA.
 template <int kRegisters>
 __device__ __forceinline__ void shrink_registers() {

@@ -115,8 +115,7 @@ bool few_columns(const Activations& a, const Weight& weight, const Output& outpu
 constexpr int kMaxWarpTileColumns = 64;
 bool warp_tiles(const Activations& a, const Weight& weight, const Output& output, cudaStream_t stream);
 void many_columns(const Activations& a, const Weight& weight, const Output& output, const Scratch& scratch, cudaStream_t stream);
-void many_columns_wgmma(const Activations& a, const Weight& weight, const Output& output, const Scratch& scratch,
-                        cudaStream_t stream);  // sm_90a
+void many_columns_wgmma(const Activations& a, const Weight& weight, const Output& output, cudaStream_t stream);  // sm_90a
 
 // The product for very many columns, sm_90a: expands the weight to int8 once, in scratch memory of expanded_bytes() (expand.h).
 bool prefill_pays(std::int64_t rows, std::int64_t num_columns);

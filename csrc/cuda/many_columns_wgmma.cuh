@@ -12,7 +12,6 @@
 #include "hopper.cuh"
 #include "launch.h"
 #include "wgmma_finish.cuh"
-#include "wgmma_join.cuh"
 
 namespace pvq::cuda {
 
@@ -21,7 +20,7 @@ constexpr int kWgmmaThreads = kWgmmaGroups * 128 + 128;  // a warpgroup more: on
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-constexpr int kCopyRegisters = 24, kMultiplyRegisters = 240;
+constexpr int kCopyRegisters = 24, kMultiplyRegisters = 240;  // with 256 columns
 // Those of all threads at the start, in steps of eight; more would never come.
 static_assert(128 * kCopyRegisters + 128 * kWgmmaGroups * kMultiplyRegisters <= kWgmmaThreads * (65536 / kWgmmaThreads / 8 * 8));
 
@@ -32,17 +31,13 @@ static_assert(kEmptyBarriers + 8 * kWgmmaMaxStages <= kSharedGains && kSharedGai
 
 constexpr int kMultiplyingBarrier = 1, kWarpgroupBarrier = 2;  // named; 0 is __syncthreads
 
-// A CTA: number `rank` of its cluster, if there is one.
+// What a CTA does: chunks [begin, end) of the tiles first, first + stride, ...
 struct WgmmaWork {
-  int worker, rank;
+  int first, stride, begin, end, rank;
   std::uint32_t window;  // where this CTA's shared memory starts
 
-  // This CTA's part of the next piece: chunks [begin, end).
-  template <bool kSplit>
-  __device__ __forceinline__ bool next(const WgmmaSchedule& s, WgmmaPieces& piece, int& begin, int& end) const {
-    if (!piece.next(s, worker, begin, end)) return false;
-    if constexpr (kSplit) begin = s.num_chunks * rank / s.splits, end = s.num_chunks * (rank + 1) / s.splits;
-    return true;
+  __device__ __forceinline__ int units(const WgmmaSchedule& s) const {
+    return ((s.tiles() - 1 - first) / stride + 1) * (end - begin);
   }
   __device__ __forceinline__ std::uint32_t full(int stage) const { return window + kFullBarriers + 8 * stage; }
   __device__ __forceinline__ std::uint32_t empty(int stage) const { return window + kEmptyBarriers + 8 * stage; }
@@ -51,25 +46,49 @@ struct WgmmaWork {
   }
 };
 
-// Activations to stages, by one thread.
-template <int kN, bool kSplit>
-__device__ __forceinline__ void copy_pieces(const WgmmaArguments& p, const WgmmaWork& work) {
-  const WgmmaSchedule& s = p.schedule;
-  const std::int64_t chunk_stride = p.a.padded_columns * kChunkColumns;
-  Ring ring;
-  WgmmaPieces piece(s, work.worker);
-  for (int begin, end; work.next<kSplit>(s, piece, begin, end);) {
+// Activations to stages, by one thread, from unit to unit (a chunk of a tile of y).
+template <int kN>
+struct WgmmaCopies {
+  const WgmmaArguments& p;
+  const WgmmaWork& work;
+  int unit = 0, tile, chunk, bytes = 0;  // bytes: of all columns of the tile
+  const std::int8_t* columns = nullptr;
+
+  __device__ __forceinline__ WgmmaCopies(const WgmmaArguments& p, const WgmmaWork& work)
+      : p(p), work(work), tile(work.first), chunk(work.begin) {
+    start_tile();
+  }
+  __device__ __forceinline__ void start_tile() {
+    if (tile >= p.schedule.tiles()) return;
     int row_tile, column_tile;
-    s.place(piece.tile, row_tile, column_tile);
+    p.schedule.place(tile, row_tile, column_tile);
     const std::int64_t first = static_cast<std::int64_t>(column_tile) * kN, left = p.a.padded_columns - first;
-    const int bytes = static_cast<int>(left < kN ? left : kN) * kChunkColumns;
-    const std::int8_t* from = p.a.data + first * kChunkColumns + begin * chunk_stride;
-    for (int chunk = begin; chunk < end; ++chunk, from += chunk_stride) {
-      wait_barrier(work.empty(ring.stage), ring.parity ^ 1);
-      expect_bytes(work.full(ring.stage), bytes);
-      copy_bulk(work.stage(s, ring.stage), from, bytes, work.full(ring.stage));
-      ring.advance(s.stages);
-    }
+    bytes = static_cast<int>(left < kN ? left : kN) * kChunkColumns;
+    columns = p.a.data + first * kChunkColumns;
+  }
+  __device__ __forceinline__ void advance() {
+    ++unit;
+    if (++chunk < work.end) return;
+    chunk = work.begin;
+    tile += work.stride;
+    start_tile();
+  }
+  __device__ __forceinline__ void copy(int stage) const {
+    const std::uint32_t full = work.full(stage), to = work.stage(p.schedule, stage);
+    const std::int8_t* from = columns + chunk * p.a.padded_columns * kChunkColumns;
+    expect_bytes(full, bytes);
+    copy_bulk(to, from, bytes, full);
+  }
+};
+
+template <int kN>
+__device__ __forceinline__ void copy_tiles(const WgmmaArguments& p, const WgmmaWork& work) {
+  Ring ring;
+  WgmmaCopies<kN> copies(p, work);
+  for (const int units = work.units(p.schedule); copies.unit < units; copies.advance()) {
+    wait_barrier(work.empty(ring.stage), ring.parity ^ 1);
+    copies.copy(ring.stage);
+    ring.advance(p.schedule.stages);
   }
 }
 
@@ -114,41 +133,43 @@ __device__ __forceinline__ void finish_split(const WgmmaArguments& p, const Wgmm
     }
     WgmmaFinish<kPart> finish(p, first_row, first_column + part * kPart, thread, shared + kSharedArea + warpgroup * s.area_stride,
                               kWarpgroupBarrier + warpgroup);
-    finish.store(total, finish.load());
+    finish.load();
+    finish.store(total);
   }
 }
 
 // A warpgroup. Each warp has 16 rows.
 template <CodebookId kId, int kN, bool kSplit>
-__device__ __forceinline__ void multiply_pieces(const WgmmaArguments& p, const WgmmaWork& work, char* shared) {
+__device__ __forceinline__ void multiply_tiles(const WgmmaArguments& p, const WgmmaWork& work, char* shared) {
   constexpr int kChunkBytes = chunk_bytes(kId);
   const WgmmaSchedule& s = p.schedule;
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0), warpgroup = warp / 4;
   const int lane = threadIdx.x % 32, num_chunks = static_cast<int>(p.weight.num_chunks);
 
   // Packed weights are on their way to registers two chunks ahead.
-  WgmmaPieces ahead(s, work.worker);
-  int loads_left = 0;  // chunks of the piece
+  int load_tile = work.first, loads_left = 0;  // chunks left of the tile of y
   bool has_rows = false;
   const std::uint8_t* load_from = nullptr;
-  const auto start_piece = [&] {
+  const auto start_tile = [&] {
+    loads_left = work.end - work.begin;
     has_rows = false;
-    int begin, end;
-    if (!work.next<kSplit>(s, ahead, begin, end)) return;
+    if (load_tile >= s.tiles()) return;
     int row_tile, column_tile;
-    s.place(ahead.tile, row_tile, column_tile);
+    s.place(load_tile, row_tile, column_tile);
     const std::int64_t tile = row_tile * kWgmmaRows / kTileRows + warp;
     has_rows = tile / 4 * kRowAlignment < p.weight.rows;
-    loads_left = end - begin;
-    load_from = p.weight.data + (tile * num_chunks + begin) * kChunkBytes;
+    load_from = p.weight.data + (tile * num_chunks + work.begin) * kChunkBytes;
   };
   LaneChunk<kId> packed[2] = {};
   const auto load_ahead = [&](LaneChunk<kId>& to) {
     if (has_rows) to.load(load_from, lane);
     load_from += kChunkBytes;
-    if (--loads_left == 0) start_piece();
+    if (--loads_left == 0) {
+      load_tile += work.stride;
+      start_tile();
+    }
   };
-  start_piece();
+  start_tile();
   load_ahead(packed[0]);
   load_ahead(packed[1]);
 
@@ -166,18 +187,8 @@ __device__ __forceinline__ void multiply_pieces(const WgmmaArguments& p, const W
 
   std::int32_t acc[kN / 2] = {};
   Ring ring;
-  WgmmaPieces piece(s, work.worker);
-  int left = 0;   // chunks of the piece
-  int other = 0;  // the worker that has the rest of the tile: a neighbour, or none
-  const auto start = [&] {
-    int begin, end;
-    if (!work.next<kSplit>(s, piece, begin, end)) return false;
-    left = end - begin;
-    if constexpr (!kSplit) other = begin > 0 ? -1 : end < num_chunks ? 1 : 0;
-    return true;
-  };
-  start();
-  // The next chunk of the piece; false: it was the last one of the last piece.
+  int tile = work.first, chunk = work.begin;
+  // The next chunk of the tile; false: it was the last one of the last tile.
   const auto multiply_chunk = [&](auto which) {
     constexpr int kNow = decltype(which)::value, kNext = 1 - kNow;
     const std::uint64_t b = swizzled_operand(work.stage(s, ring.stage));
@@ -193,26 +204,28 @@ __device__ __forceinline__ void multiply_pieces(const WgmmaArguments& p, const W
     __syncwarp();
     if (lane == 0) arrive(work.empty(ring.stage));
     ring.advance(s.stages);
-    if (--left > 0) return true;
+    if (++chunk < work.end) return true;
 
     pin(acc);
     int thread = threadIdx.x;
-    asm volatile("" : "+r"(thread));  // what depends on it is not kept in registers from piece to piece
+    asm volatile("" : "+r"(thread));  // what depends on it is not kept in registers from tile to tile
     thread &= 127;
     int row_tile, column_tile;
-    s.place(piece.tile, row_tile, column_tile);
+    s.place(tile, row_tile, column_tile);
     const int first_row = row_tile * kWgmmaRows + warpgroup * 64;
     if constexpr (kSplit) {
       finish_split<kN>(p, work, shared, warpgroup, thread, acc, first_row, column_tile * kN);
-    } else if (other == 0 ||
-               WgmmaJoin<kN>(p, piece.tile, work.worker, other, kMultiplyingBarrier, 128 * kWgmmaGroups).add_others(acc)) {
-      const WgmmaFinish<kN> finish(p, first_row, column_tile * kN, thread, shared + kSharedArea + warpgroup * s.area_stride,
-                                   kWarpgroupBarrier + warpgroup);
-      finish.store(acc, finish.load());
+    } else if (first_row < p.weight.rows) {
+      WgmmaFinish<kN> finish(p, first_row, column_tile * kN, thread, shared + kSharedArea + warpgroup * s.area_stride,
+                             kWarpgroupBarrier + warpgroup);
+      finish.load();
+      finish.store(acc);
     }
 #pragma unroll
     for (int i = 0; i < kN / 2; ++i) acc[i] = 0;
-    return start();
+    chunk = work.begin;
+    tile += work.stride;
+    return tile < s.tiles();
   };
   while (multiply_chunk(std::integral_constant<int, 0>{}) && multiply_chunk(std::integral_constant<int, 1>{})) {
   }
@@ -232,7 +245,12 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1) many_columns_wgmma_kernel(co
 
   launch_dependents();
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0), lane = threadIdx.x % 32;
-  const WgmmaWork work{static_cast<int>(blockIdx.x) / s.splits, static_cast<int>(cluster_rank()), window};
+  const int rank = static_cast<int>(cluster_rank()), num_chunks = static_cast<int>(p.weight.num_chunks);
+  WgmmaWork work{static_cast<int>(blockIdx.x) / s.splits, s.workers, 0, num_chunks, rank, window};
+  if constexpr (kSplit) {
+    work.begin = num_chunks * rank / s.splits;
+    work.end = num_chunks * (rank + 1) / s.splits;
+  }
   if (threadIdx.x == 0) {
     init_barrier(window + kTableBarrier, 1);
     for (int stage = 0; stage < s.stages; ++stage) {
@@ -251,16 +269,16 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1) many_columns_wgmma_kernel(co
   __syncthreads();
 
   if (warp >= kWgmmaGroups * 4) {
-    shrink_registers<kCopyRegisters>();
+    if constexpr (kN == 256) shrink_registers<kCopyRegisters>();
     if (warp == kWgmmaGroups * 4 && lane == 0) {
       wait_for_dependencies();
-      copy_pieces<kN, kSplit>(p, work);
+      copy_tiles<kN>(p, work);
     }
     __syncwarp();
     if constexpr (kSplit) synchronize_cluster();  // with finish_split
   } else {
-    grow_registers<kMultiplyRegisters>();
-    multiply_pieces<kId, kN, kSplit>(p, work, shared);
+    if constexpr (kN == 256) grow_registers<kMultiplyRegisters>();
+    multiply_tiles<kId, kN, kSplit>(p, work, shared);
     __syncwarp();
   }
   if constexpr (kSplit) synchronize_cluster();  // until then others may read this CTA's sums

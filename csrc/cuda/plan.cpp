@@ -18,8 +18,7 @@ bool has_dense_pass(int order) { return is_hadamard_order(order) && order % 8 ==
 constexpr char kOtherRotation[] =
     ": quantize the model again with --rotation residual:128 (or block:128), or serve it on the CPU.";
 constexpr std::int64_t kMaxSplits = 16;
-// 36 MiB: two tiles of many_columns_wgmma for each of the 132 multiprocessors of an H100.
-constexpr std::int64_t kMaxPartialElements = std::int64_t{9} << 20;
+constexpr std::int64_t kMaxPartialElements = std::int64_t{1} << 23;  // 32 MiB
 
 }  // namespace
 

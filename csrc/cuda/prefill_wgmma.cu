@@ -82,11 +82,11 @@ __device__ __forceinline__ void multiply_tiles(const PrefillArguments& p, std::u
     int row_tile, column_tile;
     place_tile(tile, p.row_tiles, p.column_tiles, row_tile, column_tile);
     const int first_row = (row_tile * kCluster + rank) * kExpandedRows + warpgroup * 64;
-    const WgmmaFinish<kN> finish(p, first_row, column_tile * kN, threadIdx.x & 127, shared + kSharedArea + warpgroup * kAreaBytes,
-                                 1 + warpgroup);
+    const bool has_rows = first_row < p.weight.rows;
+    WgmmaFinish<kN> finish(p, first_row, column_tile * kN, threadIdx.x & 127, shared + kSharedArea + warpgroup * kAreaBytes,
+                           1 + warpgroup);
 #pragma unroll
     for (int i = 0; i < kN / 2; ++i) acc[i] = 0;
-    RowFactors factors{};
     int previous = -1;
     for (int chunk = 0; chunk < num_chunks; ++chunk) {
       const std::uint32_t stage = window + kShared + ring.stage * kStageBytes;
@@ -97,7 +97,7 @@ __device__ __forceinline__ void multiply_tiles(const PrefillArguments& p, std::u
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) multiply<kN>(acc, a + 2 * step, b + 2 * step);  // 32 bytes, in units of 16
       commit_products();
-      if (chunk == 0) factors = finish.load();  // its latency hides behind the products
+      if (chunk == 0 && has_rows) finish.load();  // its latency hides behind the products
       wait_products<1>();
       if (previous >= 0) release(previous);
       previous = ring.stage;
@@ -108,7 +108,7 @@ __device__ __forceinline__ void multiply_tiles(const PrefillArguments& p, std::u
     for (int i = 0; i < kN / 2; ++i) asm volatile("" : "+r"(acc[i]));
     release(previous);
 
-    finish.store(acc, factors);
+    if (has_rows) finish.store(acc);
   }
 }
 

@@ -17,22 +17,15 @@ struct Product {
 };
 
 struct WgmmaArguments : Product {
-  Scratch scratch;
   WgmmaSchedule schedule;
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// Of the rows of a lane: row and row + 8.
-struct RowFactors {
-  float scale[2], bias[2];
-};
-
-// From exact sums to y: 64 rows by kN columns of a warpgroup, all of whose threads come here. Columns go in slices of kStaged.
+// From exact sums to y: 64 rows by kN columns of a warpgroup, all of whose threads come here.
 template <int kN>
 struct WgmmaFinish {
   static constexpr int kStaged = staged_columns(kN);
-  static constexpr int kSlices = kN / kStaged;
   static_assert(kN % kStaged == 0, "results are staged in whole slices");
 
   struct __align__(8) Column {
@@ -46,6 +39,8 @@ struct WgmmaFinish {
   int num_columns, barrier;
   char* staging;    // kStaged columns of results, then
   Column* columns;  // kN
+  float scale[2], bias[2];
+  bool has_bias;
 
   __device__ __forceinline__ WgmmaFinish(const Product& p, int first_row, int first_column, int thread, char* area, int barrier)
       : p(p),
@@ -57,17 +52,15 @@ struct WgmmaFinish {
         num_columns(static_cast<int>(p.a.num_columns())),
         barrier(barrier),
         staging(area),
-        columns(reinterpret_cast<Column*>(area + kStaged * kStagedColumnBytes)) {}
+        columns(reinterpret_cast<Column*>(area + kStaged * kStagedColumnBytes)),
+        has_bias(p.output.bias != nullptr) {}
 
   // What the results need besides the sums; before store(), and not while another tile's results are in the area.
-  __device__ __forceinline__ RowFactors load() const {
-    RowFactors factors{};
-    if (first_row >= p.weight.rows) return factors;
+  __device__ __forceinline__ void load() {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      factors.scale[h] = p.weight.row_scale[row + 8 * h];
-      // -0 changes nothing, not even -0.
-      factors.bias[h] = p.output.bias != nullptr && row + 8 * h < p.weight.rows ? load_bias(row + 8 * h) : -0.0f;
+      scale[h] = p.weight.row_scale[row + 8 * h];
+      bias[h] = has_bias && row + 8 * h < p.weight.rows ? load_bias(row + 8 * h) : 0.0f;
     }
     const int half_offset = p.weight.codebook == CodebookId::kInt8 ? 0 : 1;
     synchronize_threads(barrier, 128);  // the area has been read
@@ -82,7 +75,6 @@ struct WgmmaFinish {
       columns[c] = info;
     }
     synchronize_threads(barrier, 128);
-    return factors;
   }
 
   __device__ __forceinline__ float load_bias(int r) const {
@@ -91,81 +83,80 @@ struct WgmmaFinish {
     return __bfloat162float(static_cast<const __nv_bfloat16*>(p.output.bias)[r]);
   }
 
-  __device__ __forceinline__ static float finished(const RowFactors& factors, float value, int h, float token_scale) {
-    return __fadd_rn(scale_value(value, factors.scale[h], token_scale), factors.bias[h]);
+  __device__ __forceinline__ float finished(float value, int h, float token_scale) const {
+    const float scaled = scale_value(value, scale[h], token_scale);
+    return has_bias ? __fadd_rn(scaled, bias[h]) : scaled;
   }
 
-  // Of block j (eight columns) of a slice, rows h: the columns 2 pair and 2 pair + 1, or the token they are the planes of (v[0]).
+  // Of block j (eight columns), rows h: the columns 2 pair and 2 pair + 1, or the token they are the planes of (v[0]).
   template <int kPlanes>
-  __device__ __forceinline__ void values(const std::int32_t (&acc)[kN / 2], const RowFactors& factors, int slice, int j, int h,
-                                         float (&v)[2]) const {
-    const int4 both = *reinterpret_cast<const int4*>(columns + slice * kStaged + 8 * j + 2 * pair);
+  __device__ __forceinline__ void values(const std::int32_t (&acc)[kN / 2], int j, int h, float (&v)[2]) const {
+    const int4 both = *reinterpret_cast<const int4*>(columns + 8 * j + 2 * pair);
     const float scale0 = __int_as_float(both.y), scale1 = __int_as_float(both.w);
     const float first = plane_value(acc[4 * j + 2 * h], both.x, 1), second = plane_value(acc[4 * j + 2 * h + 1], both.z, 1);
     if constexpr (kPlanes == 2) {
-      v[0] = v[1] = finished(factors, join_planes(first, second), h, scale0);
+      v[0] = v[1] = finished(join_planes(first, second), h, scale0);
     } else {
-      v[0] = finished(factors, first, h, scale0);
-      v[1] = finished(factors, second, h, scale1);
+      v[0] = finished(first, h, scale0);
+      v[1] = finished(second, h, scale1);
     }
+  }
+
+  __device__ __forceinline__ std::uint32_t packed(float low, float high) const {
+    const __half2 halves = __floats2half2_rn(low, high);
+    const __nv_bfloat162 brains = __floats2bfloat162_rn(low, high);
+    return p.output.dtype == DType::kFloat16 ? *reinterpret_cast<const std::uint32_t*>(&halves)
+                                             : *reinterpret_cast<const std::uint32_t*>(&brains);
   }
 
   // Eight rows of a token fill a sector: straight from the registers.
   template <int kPlanes>
-  __device__ __forceinline__ void store_floats(const std::int32_t (&acc)[kN / 2], const RowFactors& factors, int slice) const {
+  __device__ __forceinline__ void store_floats(const std::int32_t (&acc)[kN / 2]) const {
     const std::int64_t stride = p.output.stride;
-    const int first = first_column + slice * kStaged + 2 * pair;
-    float* y = static_cast<float*>(p.output.y) + first / kPlanes * stride + row;
+    float* y = static_cast<float*>(p.output.y) + (first_column + 2 * pair) / kPlanes * stride + row;
     const bool rows[2] = {row < p.weight.rows, row + 8 < p.weight.rows};
 #pragma unroll
-    for (int j = 0; j < kStaged / 8; ++j, y += 8 / kPlanes * stride) {
-      const int column = first + 8 * j;
+    for (int j = 0; j < kN / 8; ++j, y += 8 / kPlanes * stride) {
+      const int column = first_column + 8 * j + 2 * pair;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         float v[2];
-        values<kPlanes>(acc, factors, slice, j, h, v);
+        values<kPlanes>(acc, j, h, v);
         if (rows[h] && column < num_columns) y[8 * h] = v[0];
         if (kPlanes == 1 && rows[h] && column + 1 < num_columns) y[stride + 8 * h] = v[1];
       }
     }
   }
 
-  template <DType kType>
-  __device__ __forceinline__ static std::uint32_t packed(float low, float high) {
-    if constexpr (kType == DType::kFloat16) {
-      const __half2 halves = __floats2half2_rn(low, high);
-      return *reinterpret_cast<const std::uint32_t*>(&halves);
-    } else {
-      const __nv_bfloat162 halves = __floats2bfloat162_rn(low, high);
-      return *reinterpret_cast<const std::uint32_t*>(&halves);
-    }
-  }
-
   // 16-bit results: through shared memory, where they are turned over to [token][64 rows].
-  template <int kPlanes, DType kType>
-  __device__ __forceinline__ void store_halves(const std::int32_t (&acc)[kN / 2], const RowFactors& factors, int slice) const {
+  template <int kPlanes>
+  __device__ __forceinline__ void store_halves(const std::int32_t (&acc)[kN / 2]) const {
     const int i = thread % 8, matrix = thread % 32 / 8;
     // Where this lane's column of a matrix goes: of two planes, the tokens of two blocks alternate.
     const int token = kPlanes == 2 ? 4 * (i & 1) + i / 2 : 8 * (matrix / 2) + i;
     const std::uint32_t to = shared_address(staging) + thread / 32 * 32 + matrix % 2 * 16 + token * kStagedColumnBytes;
 #pragma unroll
-    for (int j = 0; j < kStaged / 8; j += 2) {
-      float v[2][2][2];  // [block][h][column]
+    for (int slice = 0; slice < kN; slice += kStaged) {
+      if (first_column + slice >= num_columns) break;
+      if (slice > 0) synchronize_threads(barrier, 128);  // the results before have been read
 #pragma unroll
-      for (int b = 0; b < 2; ++b)
+      for (int j = slice / 8; j < (slice + kStaged) / 8; j += 2) {
+        float v[2][2][2];  // [block][h][column]
 #pragma unroll
-        for (int h = 0; h < 2; ++h) values<kPlanes>(acc, factors, slice, j + b, h, v[b][h]);
-      const std::uint32_t block = to + 8 * j / kPlanes * kStagedColumnBytes;
-      if constexpr (kPlanes == 2) {
-        store_transposed(block, packed<kType>(v[0][0][0], v[1][0][0]), packed<kType>(v[0][1][0], v[1][1][0]));
-      } else {
-        store_transposed(block, packed<kType>(v[0][0][0], v[0][0][1]), packed<kType>(v[0][1][0], v[0][1][1]),
-                         packed<kType>(v[1][0][0], v[1][0][1]), packed<kType>(v[1][1][0], v[1][1][1]));
+        for (int b = 0; b < 2; ++b)
+#pragma unroll
+          for (int h = 0; h < 2; ++h) values<kPlanes>(acc, j + b, h, v[b][h]);
+        const std::uint32_t block = to + (8 * j - slice) / kPlanes * kStagedColumnBytes;
+        if constexpr (kPlanes == 2) {
+          store_transposed(block, packed(v[0][0][0], v[1][0][0]), packed(v[0][1][0], v[1][1][0]));
+        } else {
+          store_transposed(block, packed(v[0][0][0], v[0][0][1]), packed(v[0][1][0], v[0][1][1]), packed(v[1][0][0], v[1][0][1]),
+                           packed(v[1][1][0], v[1][1][1]));
+        }
       }
+      synchronize_threads(barrier, 128);
+      write_out<kPlanes>(slice);
     }
-    synchronize_threads(barrier, 128);
-    write_out<kPlanes>(slice * kStaged);
-    synchronize_threads(barrier, 128);  // the results have been read
   }
 
   template <int kPlanes>
@@ -185,32 +176,18 @@ struct WgmmaFinish {
     }
   }
 
-  template <typename Store>
-  __device__ __forceinline__ void each_slice(std::int32_t (&acc)[kN / 2], const Store& store) const {
-    const int end = min(kSlices, (num_columns - first_column + kStaged - 1) / kStaged);
-#pragma unroll
-    for (int slice = 0; slice < kSlices; ++slice) {
-      if (slice >= end) break;
-      store(slice);
-#pragma unroll
-      for (int i = 0; i < kN / 2 - kStaged / 2; ++i) acc[i] = acc[i + kStaged / 2];  // those of the next one to the front
+  __device__ __forceinline__ void store(const std::int32_t (&acc)[kN / 2]) const {
+    if (p.output.dtype == DType::kFloat32) {
+      if (p.a.num_planes == 2)
+        store_floats<2>(acc);
+      else
+        store_floats<1>(acc);
+    } else {
+      if (p.a.num_planes == 2)
+        store_halves<2>(acc);
+      else
+        store_halves<1>(acc);
     }
-  }
-
-  template <int kPlanes>
-  __device__ __forceinline__ void store_planes(std::int32_t (&acc)[kN / 2], const RowFactors& factors) const {
-    if (p.output.dtype == DType::kFloat32)
-      each_slice(acc, [&](int slice) { store_floats<kPlanes>(acc, factors, slice); });
-    else if (p.output.dtype == DType::kFloat16)
-      each_slice(acc, [&](int slice) { store_halves<kPlanes, DType::kFloat16>(acc, factors, slice); });
-    else
-      each_slice(acc, [&](int slice) { store_halves<kPlanes, DType::kBFloat16>(acc, factors, slice); });
-  }
-
-  // Changes `acc`.
-  __device__ __forceinline__ void store(std::int32_t (&acc)[kN / 2], const RowFactors& factors) const {
-    if (first_row >= p.weight.rows) return;
-    p.a.num_planes == 2 ? store_planes<2>(acc, factors) : store_planes<1>(acc, factors);
   }
 };
 

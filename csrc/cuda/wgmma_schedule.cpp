@@ -14,8 +14,6 @@ int ceil_div(std::int64_t a, std::int64_t b) { return static_cast<int>((a + b - 
 // CTAs add their sums up.
 double chunk_cycles(int columns) { return columns == 256 ? 1490 : 1080; }
 double tile_cycles(int columns, int splits) { return splits > 1 ? 4000 + 20.0 * columns : 500 + 4.0 * columns; }
-// To share tiles, of a CTA: to leave the sums of one and to add another one's.
-double sharing_cycles(int columns) { return 110.0 * columns; }
 
 // Shared memory, with as many stages as there is room for.
 void lay_out(const WgmmaProblem& problem, WgmmaSchedule& s) {
@@ -34,39 +32,24 @@ void lay_out(const WgmmaProblem& problem, WgmmaSchedule& s) {
 WgmmaSchedule choose_wgmma_schedule(const WgmmaProblem& problem) {
   WgmmaSchedule best{};
   double best_cycles = -1;
-  const auto consider = [&](const WgmmaSchedule& s, double cycles) {
-    if (best_cycles >= 0 && cycles >= best_cycles) return;
-    best = s;
-    best_cycles = cycles;
-  };
   for (int n : kColumns) {
     for (int splits = 1; splits <= kWgmmaMaxSplits; ++splits) {
-      const int resident = problem.resident[splits];
       if (splits > problem.num_chunks) break;
       WgmmaSchedule s{};
       s.columns_per_tile = n;
       s.splits = splits;
       lay_out(problem, s);
-      if (s.stages < 2 || resident < 1) continue;
-      if (splits > 1 && s.stages * s.stage_bytes < tile_sums_bytes(n)) continue;
+      if (s.stages < 2 || problem.resident[splits] < 1) continue;
+      if (splits > 1 && s.stages * s.stage_bytes < split_sums_bytes(n)) continue;
       s.row_tiles = ceil_div(problem.rows, kWgmmaRows);
       s.column_tiles = ceil_div(problem.num_columns, n);
-      s.num_chunks = static_cast<int>(problem.num_chunks);
-      const int tiles = s.tiles();
-
-      s.workers = splits > 1 ? tiles : std::min(tiles, resident);
-      s.whole_tiles = tiles;
-      consider(s, ceil_div(tiles, resident) * (ceil_div(s.num_chunks, splits) * chunk_cycles(n) + tile_cycles(n, splits)));
-
-      // Shared tiles: stretches of one to two tiles, each with one piece more.
-      const int workers = resident;
-      if (splits > 1 || tiles <= workers || tiles % workers == 0) continue;
-      s.whole_tiles = (tiles / workers - 1) * workers;
-      const int shared_tiles = tiles - s.whole_tiles;
-      if (shared_tiles > problem.counters) continue;
-      if (std::int64_t{2} * workers * tile_sums_bytes(n) > 4 * problem.partial_elements) continue;
-      const double share = static_cast<double>(tiles) / workers;
-      consider(s, (share * s.num_chunks + kSnap) * chunk_cycles(n) + (share + 1) * tile_cycles(n, 1) + sharing_cycles(n));
+      const int rounds = ceil_div(s.tiles(), problem.resident[splits]);
+      s.workers = splits > 1 ? s.tiles() : std::min(s.tiles(), problem.resident[splits]);
+      const double cycles = rounds * (ceil_div(problem.num_chunks, splits) * chunk_cycles(n) + tile_cycles(n, splits));
+      if (best_cycles < 0 || cycles < best_cycles) {
+        best = s;
+        best_cycles = cycles;
+      }
     }
   }
   if (best_cycles < 0) throw std::runtime_error("many_columns_wgmma: no tile fits the shared memory of this GPU");

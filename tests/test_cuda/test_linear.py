@@ -134,25 +134,6 @@ def test_blocks_that_divide_a_reduction(kit, monkeypatch, name, mode):
             assert kit.describe_difference(*layer.both(x, torch.randn(rows).half())) == ""
 
 
-@pytest.mark.parametrize("mode", ["a8", "a16"])
-@pytest.mark.parametrize("name", NAMES)
-def test_blocks_that_share_tiles(kit, monkeypatch, name, mode):
-    """A few tiles more than multiprocessors: neighbours add up their sums of a tile (test_wgmma_schedule.py), again and again."""
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("this GPU has no wgmma")
-    monkeypatch.setenv("PVQ_CUDA_KERNEL", "wgmma")
-    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
-    layer = kit.build_layer([(name, 128 * (multiprocessors + 9) - 60)], 5120, mode, 0)
-    for columns in (100, 256):
-        x = kit.random_tokens(columns // (2 if mode == "a16" else 1), 5120, torch.bfloat16)
-        got, expected = layer.both(x)
-        assert kit.describe_difference(got, expected) == ""
-        on_gpu = x.cuda()
-        for _ in range(20):
-            again = ops.linear(on_gpu, layer.on_gpu, None, layer.rows, layer.plan)
-        assert torch.equal(again.cpu(), expected)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_more_tiles_than_a_block_takes_at_once(kit, name):
     """Warps that own tiles go through several rounds."""
