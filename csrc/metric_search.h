@@ -53,9 +53,10 @@ PVQ_SEARCH_FUNCTION Metric read_metric(const float* values) {
   return metric;
 }
 
+template <class Lanes>
 struct Rungs {  // magnitudes of one gain in the middle of their cells: base + step j, j = 2^r m + f in [0, last]
-  float base, step, inverse_step;
-  int last;
+  typename Lanes::Float base, step, inverse_step;
+  typename Lanes::Int last;
 };
 
 template <class Lanes>
@@ -68,7 +69,7 @@ struct Point {
 
 // The value of cell m nearest to `wanted`, where a coordinate would best lie while the others stay.
 template <class Lanes, int kRefinement>
-PVQ_SEARCH_FUNCTION typename Lanes::Float nearest_in_cell(const Rungs& rungs, typename Lanes::Int m,
+PVQ_SEARCH_FUNCTION typename Lanes::Float nearest_in_cell(const Rungs<Lanes>& rungs, typename Lanes::Int m,
                                                           typename Lanes::Float wanted) {
   using Float = typename Lanes::Float;
   Float magnitude = Lanes::to_float(m) * (rungs.step * static_cast<float>(1 << kRefinement)) + rungs.base;
@@ -91,7 +92,7 @@ PVQ_SEARCH_FUNCTION void shift(const Metric& metric, int i, typename Lanes::Floa
 
 // Rounds one coordinate after the other, whatever their sum.
 template <class Lanes, int kRefinement>
-PVQ_SEARCH_FUNCTION void nearest_plane(const Metric& metric, const Rungs& rungs, const typename Lanes::Float* target,
+PVQ_SEARCH_FUNCTION void nearest_plane(const Metric& metric, const Rungs<Lanes>& rungs, const typename Lanes::Float* target,
                                        Point<Lanes>& p) {
   using Float = typename Lanes::Float;
   using Int = typename Lanes::Int;
@@ -107,7 +108,7 @@ PVQ_SEARCH_FUNCTION void nearest_plane(const Metric& metric, const Rungs& rungs,
     position = position > 0.0f ? position : Float{};
     position = position < 1000.0f ? position : Float{} + 1000.0f;
     Int j = Lanes::to_int(position);
-    j = j < rungs.last ? j : Int{} + rungs.last;
+    j = j < rungs.last ? j : rungs.last;
     const Float magnitude = Lanes::to_float(j) * rungs.step + rungs.base;
     p.x[i] = wanted < 0.0f ? -magnitude : magnitude;
     p.cells[i] = j >> kRefinement;
@@ -146,11 +147,12 @@ PVQ_SEARCH_FUNCTION void nearest_plane_int8(const Metric& metric, const typename
 
 // Moves pulses one at a time, each where it costs least, until there are `pulses`. False in lanes that cannot get there.
 template <class Lanes, int kRefinement>
-PVQ_SEARCH_FUNCTION typename Lanes::Mask to_pyramid(const Metric& metric, const Rungs& rungs, int pulses, Point<Lanes>& p) {
+PVQ_SEARCH_FUNCTION typename Lanes::Mask to_pyramid(const Metric& metric, const Rungs<Lanes>& rungs, typename Lanes::Int pulses,
+                                                    Point<Lanes>& p) {
   using Float = typename Lanes::Float;
   using Int = typename Lanes::Int;
   using Mask = typename Lanes::Mask;
-  const int last_cell = rungs.last >> kRefinement;
+  const Int last_cell = rungs.last >> kRefinement;
   Int total = p.cells[0];
   PVQ_SEARCH_UNROLL
   for (int i = 1; i < kGroupSize; ++i) total += p.cells[i];
@@ -191,12 +193,12 @@ PVQ_SEARCH_FUNCTION typename Lanes::Mask to_pyramid(const Metric& metric, const 
 // Single and double moves inside the pyramid, the best one a round, until none helps. Single: another sign or refinement. Double:
 // a pulse from one coordinate to another, or two coordinates to the second best value of their cells.
 template <class Lanes, int kRefinement>
-PVQ_SEARCH_FUNCTION void improve(const Metric& metric, const Rungs& rungs, typename Lanes::Mask active, Point<Lanes>& p) {
+PVQ_SEARCH_FUNCTION void improve(const Metric& metric, const Rungs<Lanes>& rungs, typename Lanes::Mask active, Point<Lanes>& p) {
   using Float = typename Lanes::Float;
   using Int = typename Lanes::Int;
   using Mask = typename Lanes::Mask;
   constexpr float kForbidden = 1e30f;
-  const int last_cell = rungs.last >> kRefinement;
+  const Int last_cell = rungs.last >> kRefinement;
   for (int round = 0; round < kMaxRounds && Lanes::any(active); ++round) {
     // by coordinate: value change and cost of the best value of the cell below, of the cell above, and of the same cell's
     // second (or, when that is better than the present one, its best)

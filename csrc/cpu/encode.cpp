@@ -31,6 +31,9 @@ Search prepare(CodebookId id) {
     }
     s.end[s.num_sets - 1] = p + 1;
   }
+  for (int set = 0; set < s.num_sets; ++set)
+    for (int gain = 0; gain < s.num_gains; ++gain)
+      for (int p = s.first[set]; p < s.end[set]; ++p) s.candidates[s.num_candidates++] = {set, gain, p};
   return s;
 }
 

@@ -2,6 +2,7 @@
 // What encode.cpp hands to the loops of encode_loops.h and feedback_loops.h, one table per instruction set.
 #pragma once
 
+#include <cmath>
 #include <limits>
 
 #include "../metric_search.h"
@@ -14,13 +15,19 @@ struct Ladder {  // magnitudes of one gain: base + j step, j = 2^r m + f in [0, 
   int last;
 };
 
+struct Candidate {  // a gain of a pyramid
+  int set, gain, pyramid;
+};
+
 // A codebook prepared for the search.
 struct Search {
   const ServingCodebook* book;
   int refinement_bits, num_pyramids, num_gains, num_sets;
   int pyramids[kMaxPyramids];
-  Ladder ladders[kMaxPyramids][kMaxGains];     // by set: pyramids that share their gains are searched together
-  int first[kMaxPyramids], end[kMaxPyramids];  // pyramids of a set
+  Ladder ladders[kMaxPyramids][kMaxGains];         // by set: pyramids that share their gains are searched together
+  int first[kMaxPyramids], end[kMaxPyramids];      // pyramids of a set
+  Candidate candidates[kMaxPyramids * kMaxGains];  // by set, gain and pyramid: the first of equal codewords is taken
+  int num_candidates;
 };
 
 constexpr int kEncodeLanes = 16;

@@ -18,39 +18,154 @@ struct Found {             // codewords of kEncodeLanes groups
   Ints choice;             // pyramid * kMaxGains + gain
 };
 
-// Over all gains and pyramids. Ties: lowest gain, first pyramid.
+typedef float Matrix[kGroupSize][kGroupSize];
+
+inline void multiply(const Matrix& a, const Matrix& b, Matrix& product) {
+  for (int i = 0; i < kGroupSize; ++i)
+    for (int k = 0; k < kGroupSize; ++k) {
+      product[i][k] = 0.0f;
+      for (int r = 0; r < kGroupSize; ++r) product[i][k] += a[i][r] * b[r][k];
+    }
+}
+
+// What an error e costs at least: e M e^T >= by_sum |e|_1^2 and e M e^T >= by_square |e|_2^2.
+struct Bounds {
+  float by_sum, by_square;
+};
+
+// With A = M^-1 = u^T u, |e|_1^2 is at most e M e^T times the sum of all |A_ij|, and |e|_2^2 at most e M e^T times A's largest
+// eigenvalue, of which the fourth power is at most the largest row of |A^4|.
+inline Bounds bounds_of(const metric::Metric& metric) {
+  constexpr float kRounded = 0.98f;  // a cost is the sum of many steps: far more than it can lose by rounding
+  Matrix a, square, fourth;
+  float trace = 0.0f, all = 0.0f, largest = 0.0f;
+  for (int i = 0; i < kGroupSize; ++i)
+    for (int k = 0; k < kGroupSize; ++k) {
+      a[i][k] = 0.0f;
+      for (int r = 0; r < kGroupSize; ++r) a[i][k] += metric.u[r][i] * metric.u[r][k];  // zero below the diagonal
+    }
+  for (int i = 0; i < kGroupSize; ++i) trace += a[i][i];
+  for (int i = 0; i < kGroupSize; ++i)
+    for (int k = 0; k < kGroupSize; ++k) {
+      a[i][k] /= trace;  // so that the fourth power neither overflows nor vanishes
+      all += std::abs(a[i][k]);
+    }
+  multiply(a, a, square);
+  multiply(square, square, fourth);
+  for (int i = 0; i < kGroupSize; ++i) {
+    float row = 0.0f;
+    for (int k = 0; k < kGroupSize; ++k) row += std::abs(fourth[i][k]);
+    largest = row > largest ? row : largest;
+  }
+  return {kRounded / (all * trace), kRounded / (std::sqrt(std::sqrt(largest)) * trace)};
+}
+
+constexpr float kTried = std::numeric_limits<float>::infinity();  // no codeword is left where this is what it costs at least
+
+// For every gain and pyramid, in their order, what a codeword of theirs costs at least.
 template <int kRefinement>
-void search_codebook(const Search& s, const metric::Metric& metric, const Floats* target, Found* best) {
-  best->cost = Floats{} + std::numeric_limits<float>::infinity();
-  best->choice = Ints{};
-  for (int i = 0; i < kGroupSize; ++i) {  // in lanes without a finite cost: a codeword all the same
-    best->cells[i] = Ints{} + (i == kGroupSize - 1 ? s.pyramids[0] : 0);
-    best->x[i] = to_float(best->cells[i] << kRefinement) * s.ladders[0][0].step + s.ladders[0][0].base;
+inline void bound_candidates(const Search& s, Bounds bounds, const Floats* target, Floats* least) {
+  Floats size[kGroupSize], sum{};
+  for (int i = 0; i < kGroupSize; ++i) {
+    size[i] = target[i] < 0.0f ? -target[i] : target[i];
+    sum += size[i];
   }
   for (int set = 0; set < s.num_sets; ++set)
     for (int gain = 0; gain < s.num_gains; ++gain) {
       const Ladder& ladder = s.ladders[set][gain];
-      const metric::Rungs rungs{ladder.base, ladder.step, 1.0f / ladder.step, ladder.last};
-      metric::Point<VectorLanes> free;
-      metric::nearest_plane<VectorLanes, kRefinement>(metric, rungs, target, free);
+      const float inverse_step = 1.0f / ladder.step;
+      // Squared distance from the nearest magnitudes, their cells, and what the next pulse more or less adds at least. Costs are
+      // convex in the cells, so no later one adds less.
+      Floats free{}, more = Floats{} + kTried, less = more;
+      Ints cells{};
+      for (int i = 0; i < kGroupSize; ++i) {
+        Floats position = (size[i] - ladder.base) * inverse_step + 0.5f;
+        position = position > 0.0f ? position : Floats{};
+        const Floats last = Floats{} + static_cast<float>(ladder.last);
+        position = position < last ? position : last;
+        const Ints j = __builtin_convertvector(position, Ints), in_cell = j & ((1 << kRefinement) - 1);
+        const Floats e = size[i] - (to_float(j) * ladder.step + ladder.base);
+        free += e * e;
+        cells += j >> kRefinement;
+        const Floats up = to_float((1 << kRefinement) - in_cell) * ladder.step, down = to_float(-1 - in_cell) * ladder.step;
+        const Floats up_cost = up * (up - 2.0f * e), down_cost = down * (down - 2.0f * e);
+        more = up_cost < more ? up_cost : more;
+        less = down_cost < less ? down_cost : less;
+      }
       for (int p = s.first[set]; p < s.end[set]; ++p) {
-        metric::Point<VectorLanes> point = free;
-        const Ints possible = metric::to_pyramid<VectorLanes, kRefinement>(metric, rungs, s.pyramids[p], point);
-        metric::improve<VectorLanes, kRefinement>(metric, rungs, possible, point);
-        const Ints better = possible & (point.cost < best->cost);
-        best->cost = better ? point.cost : best->cost;
-        best->choice = better ? Ints{} + (p * kMaxGains + gain) : best->choice;
-        for (int i = 0; i < kGroupSize; ++i) {
-          best->x[i] = better ? point.x[i] : best->x[i];
-          best->cells[i] = better ? point.cells[i] : best->cells[i];
-        }
+        // All magnitudes together are between low and high, so the errors add up to at least `gap`.
+        const float low = 8.0f * ladder.base + static_cast<float>(s.pyramids[p] << kRefinement) * ladder.step;
+        const float high = low + static_cast<float>(8 * ((1 << kRefinement) - 1)) * ladder.step;
+        const Floats gap = sum > high ? sum - high : (sum < low ? low - sum : Floats{});
+        const Floats by_sum = gap * gap * bounds.by_sum;
+        const Floats missing = to_float(s.pyramids[p] - cells);
+        const Floats by_square = (free + (missing > 0.0f ? missing * more : -missing * less)) * bounds.by_square;
+        *least++ = by_sum > by_square ? by_sum : by_square;
       }
     }
 }
 
-inline void search_group(const Search& s, const metric::Metric& metric, const Floats* target, Found* best) {
+// The best codeword of those that cost less than `limit`, over all gains and pyramids. Ties: lowest gain, first pyramid. Each
+// lane tries its own candidates, those that may cost least first, until no other can be better than what it has.
+template <int kRefinement>
+void search_codebook(const Search& s, const metric::Metric& metric, const Floats* target, Floats limit, Found* best) {
+  best->cost = Floats{} + kTried;
+  for (int i = 0; i < kGroupSize; ++i) {  // in lanes without a finite cost: a codeword all the same
+    best->cells[i] = Ints{} + (i == kGroupSize - 1 ? s.pyramids[0] : 0);
+    best->x[i] = to_float(best->cells[i] << kRefinement) * s.ladders[0][0].step + s.ladders[0][0].base;
+  }
+  Floats least[kMaxPyramids * kMaxGains];
+  bound_candidates<kRefinement>(s, bounds_of(metric), target, least);
+  Ints number{};  // of the best candidate
+  for (;;) {
+    Floats lowest = Floats{} + kTried;
+    Ints candidate{};
+    for (int c = 0; c < s.num_candidates; ++c) {
+      const Ints lower = least[c] < lowest;
+      lowest = lower ? least[c] : lowest;
+      candidate = lower ? Ints{} + c : candidate;
+    }
+    const Ints open = (lowest < best->cost) & (lowest < limit);
+    if (!any(open)) break;
+    for (int c = 0; c < s.num_candidates; ++c) least[c] = candidate == c ? Floats{} + kTried : least[c];
+
+    metric::Rungs<VectorLanes> rungs;
+    Ints pulses;
+    for (int lane = 0; lane < kEncodeLanes; ++lane) {
+      const Candidate& chosen = s.candidates[candidate[lane]];
+      const Ladder& ladder = s.ladders[chosen.set][chosen.gain];
+      rungs.base[lane] = ladder.base;
+      rungs.step[lane] = ladder.step;
+      rungs.last[lane] = ladder.last;
+      pulses[lane] = s.pyramids[chosen.pyramid];
+    }
+    rungs.inverse_step = 1.0f / rungs.step;
+    metric::Point<VectorLanes> point;
+    metric::nearest_plane<VectorLanes, kRefinement>(metric, rungs, target, point);
+    Ints total = point.cells[0];
+    for (int i = 1; i < kGroupSize; ++i) total += point.cells[i];
+    pulses = open ? pulses : total;  // nothing to do in the other lanes
+    const Ints possible = open & metric::to_pyramid<VectorLanes, kRefinement>(metric, rungs, pulses, point);
+    metric::improve<VectorLanes, kRefinement>(metric, rungs, possible, point);
+    const Ints better = possible & ((point.cost < best->cost) | ((point.cost == best->cost) & (candidate < number)));
+    best->cost = better ? point.cost : best->cost;
+    number = better ? candidate : number;
+    for (int i = 0; i < kGroupSize; ++i) {
+      best->x[i] = better ? point.x[i] : best->x[i];
+      best->cells[i] = better ? point.cells[i] : best->cells[i];
+    }
+  }
+  for (int lane = 0; lane < kEncodeLanes; ++lane) {
+    const Candidate& chosen = s.candidates[number[lane]];
+    best->choice[lane] = chosen.pyramid * kMaxGains + chosen.gain;
+  }
+}
+
+// Codewords that cost less than `limit`; where there is none, cost is not below it and the rest undefined.
+inline void search_group(const Search& s, const metric::Metric& metric, const Floats* target, Floats limit, Found* best) {
   if (s.book == nullptr) return metric::nearest_plane_int8<VectorLanes>(metric, target, best->x, best->cost);
-  return s.refinement_bits == 1 ? search_codebook<1>(s, metric, target, best) : search_codebook<0>(s, metric, target, best);
+  return s.refinement_bits == 1 ? search_codebook<1>(s, metric, target, limit, best)
+                                : search_codebook<0>(s, metric, target, limit, best);
 }
 
 inline int code_bytes(const Search& s) { return s.book == nullptr ? kGroupSize : s.book->bytes_per_group; }
@@ -88,7 +203,7 @@ void feedback_range(const Search& s, const EncodeArgs& p, const float* factor, c
       Floats target[kGroupSize];
       for (int i = 0; i < kGroupSize; ++i) target[i] = w[first + i] * inverse;
       Found best;
-      search_group(s, metric, target, &best);
+      search_group(s, metric, target, Floats{} + std::numeric_limits<float>::infinity(), &best);
       for (int lane = 0; lane < rows; ++lane)
         write_found(s, best, lane, p.codes + ((row + lane) * groups + g) * bytes, p.q + (row + lane) * n + first);
       Floats e[kGroupSize];
@@ -142,15 +257,16 @@ void descent_range(const Search& s, const EncodeArgs& p, const float* gradient, 
         for (int k = 1; k <= i; ++k) sum += middle[k] * metric.u[k][i];
         target[i] = (w[i] + sum) * inverse;
       }
-      Found best;
-      search_group(s, metric, target, &best);
       Floats old_cost{};
       for (int i = 0; i < kGroupSize; ++i) {
         Floats sum = (target[0] - old[0]) * metric.m[0][i];
         for (int k = 1; k < kGroupSize; ++k) sum += (target[k] - old[k]) * metric.m[k][i];
         old_cost += sum * (target[i] - old[i]);
       }
-      const Ints better = best.cost < old_cost * metric::kWorthAChange;
+      const Floats limit = old_cost * metric::kWorthAChange;
+      Found best;
+      search_group(s, metric, target, limit, &best);
+      const Ints better = best.cost < limit;
       if (!any(better)) continue;
       for (int lane = 0; lane < rows; ++lane)
         if (better[lane] != 0)

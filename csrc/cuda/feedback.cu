@@ -56,7 +56,7 @@ __device__ __forceinline__ Found search_group(const Search& search, const metric
     std::uint32_t low = 0, high = 0, signs = 0;  // j of coordinates 0-3 and 4-7, a byte each
     if (lane < B::kNumLadders) {
       const Ladder& ladder = search.ladders[lane];
-      const metric::Rungs rungs{ladder.base, ladder.step, ladder.inverse_step, ladder.last};
+      const metric::Rungs<ScalarLanes> rungs{ladder.base, ladder.step, ladder.inverse_step, ladder.last};
       metric::Point<ScalarLanes> free;
       metric::nearest_plane<ScalarLanes, kRefinement>(metric, rungs, target, free);
 #pragma unroll 1
