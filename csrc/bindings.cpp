@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include "canonical_bindings.h"
+#include "causal_softmax.h"
 #include "codebook.h"
 #include "cpu/encode.h"
 #include "cpu/linear.h"
@@ -161,6 +162,12 @@ PYBIND11_MODULE(_C, m) {
          std::int64_t stride, std::uintptr_t error) {
         pvq::cpu::encoding_error(codebook_id(codebook), at<const float>(weight), at<const float>(row_scale), rows, columns,
                                  stride, at<float>(error));
+      },
+      Release());
+  m.def(
+      "causal_softmax",
+      [](std::uintptr_t scores, std::int64_t rows, std::int64_t queries, std::int64_t keys, std::uintptr_t probabilities) {
+        pvq::causal_softmax(at<float>(scores), rows, queries, keys, at<std::uint16_t>(probabilities));
       },
       Release());
   pvq::bind_canonical(m);

@@ -15,6 +15,7 @@ from torch import nn
 
 from pvq_vllm.codec.errors import PVQError
 
+from .attention import FastAttention
 from .hessian import HessianSum
 from .model_source import ModelSource
 from .norms import fast_norms
@@ -151,7 +152,7 @@ class LayerwiseForward:
     def run_layer(self, layer: int, hidden: torch.Tensor, gradient: bool = False) -> torch.Tensor:
         """Return what the loaded layer makes of one batch; with ``gradient`` for a backward pass."""
         args, kwargs = self._arguments[len(hidden)][layer]
-        with torch.set_grad_enabled(gradient):
+        with torch.set_grad_enabled(gradient), FastAttention() if self.device == "cpu" else nullcontext():
             output = self.source.layers[layer](hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 

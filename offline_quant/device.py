@@ -53,3 +53,17 @@ def deterministic(device: str) -> Iterator[None]:
             yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@contextmanager
+def short_products(wanted: bool) -> Iterator[None]:
+    """If ``wanted``, and where a CPU has instructions for it, let products of float32 matrices round their factors to
+    bfloat16; sums stay float32.
+    """
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16" if wanted else before
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before

@@ -7,14 +7,13 @@ best correction of the columns still to come is read off U, the upper Cholesky f
 Frantar et al. 2023; docs/quantizer.md).
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from pvq_vllm.codec.errors import PVQError
 
+from .device import short_products
 from .rotation import rotate_rows
 
 DAMPING = 0.01  # of the mean of the diagonal: GPTQ's value
@@ -48,7 +47,7 @@ class HessianSum:
             self.total += torch.mm(x.T, x, out_dtype=torch.float32)
         else:
             x = x.float()
-            with _short_products(is_short and not x.is_cuda):
+            with short_products(is_short and not x.is_cuda):
                 for start in range(0, x.shape[1], BLOCK):
                     columns = slice(start, start + BLOCK)
                     self.total[columns, start:].addmm_(x[:, columns].T, x[:, start:])
@@ -61,20 +60,6 @@ class HessianSum:
             columns = slice(stop - BLOCK, stop)
             mean[stop:, columns] = mean[columns, stop:].T
         return mean
-
-
-@contextmanager
-def _short_products(wanted: bool) -> Iterator[None]:
-    """If ``wanted``, and where a CPU has instructions for it, let products of float32 matrices round their factors to
-    bfloat16; sums stay float32. The activations had no more digits before they were weighted.
-    """
-    settings = torch.backends.mkldnn.matmul
-    before = settings.fp32_precision
-    settings.fp32_precision = "bf16" if wanted else before
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
 
 
 @dataclass(frozen=True)
