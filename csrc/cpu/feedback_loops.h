@@ -106,7 +106,7 @@ inline void bound_candidates(const Search& s, Bounds bounds, const Floats* targe
 }
 
 // The best codeword of those that cost less than `limit`, over all gains and pyramids. Ties: lowest gain, first pyramid. Each
-// lane tries its own candidates, those that may cost least first, until no other can be better than what it has.
+// lane tries its own candidates, those that may cost least first, until no other can be as good as what it has.
 template <int kRefinement>
 void search_codebook(const Search& s, const metric::Metric& metric, const Floats* target, Floats limit, Found* best) {
   best->cost = Floats{} + kTried;
@@ -125,7 +125,7 @@ void search_codebook(const Search& s, const metric::Metric& metric, const Floats
       lowest = lower ? least[c] : lowest;
       candidate = lower ? Ints{} + c : candidate;
     }
-    const Ints open = (lowest < best->cost) & (lowest < limit);
+    const Ints open = (lowest <= best->cost) & (lowest < limit);  // equal: both may cost nothing, and the first one is taken
     if (!any(open)) break;
     for (int c = 0; c < s.num_candidates; ++c) least[c] = candidate == c ? Floats{} + kTried : least[c];
 
