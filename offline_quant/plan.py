@@ -100,6 +100,11 @@ class Settings:
             raise PVQError(f"--tune-epochs is {self.tune_epochs}, but must be at least 0")
         if self.tune_epochs and self.calibration is None:
             raise PVQError("--tune-epochs needs data to tune on: add --calibration builtin")
+        for option in ("calibration_sequences", "calibration_length", "token_weights"):
+            if self.calibration is None and getattr(self, option) != getattr(Settings, option):
+                raise PVQError(
+                    f"--{option.replace('_', '-')} belongs to --calibration: add --calibration builtin"
+                )
         if not 0 <= self.seed < 2**64:
             raise PVQError(f"--seed is {self.seed}, but must be from 0 to 2^64 - 1")
         if self.calibration not in (None, BUILTIN, SELF) and not os.path.exists(self.calibration):

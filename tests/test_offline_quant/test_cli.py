@@ -151,6 +151,8 @@ def test_canonical_codebook_from_the_command_line(tiny_llama, tmp_path, capsys):
         (["--tensor-parallel", "3", "--rotation", "none"], "in_features 128 cannot be divided among 3 ranks"),
         (["--override", "lm_head=4"], "the head has --lm-head"),
         (["--calibration", "nowhere.txt"], "--calibration nowhere.txt: there is no such file"),
+        (["--calibration-sequences", "64"], "--calibration-sequences belongs to --calibration"),
+        (["--token-weights", "uniform"], "--token-weights belongs to --calibration"),
         (["--seed", "-1"], "--seed is -1"),
         (["--tensor-parallel", "0"], "--tensor-parallel is 0"),
         (["--tensor-parallel", "5"], "_proj: in_features"),
