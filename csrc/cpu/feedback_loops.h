@@ -34,11 +34,12 @@ struct Bounds {
 };
 
 // With A = M^-1 = u^T u, |e|_1^2 is at most e M e^T times the sum of all |A_ij|, and |e|_2^2 at most e M e^T times A's largest
-// eigenvalue, of which the fourth power is at most the largest row of |A^4|.
+// eigenvalue, of which the fourth power is at most the largest row of |A^4|. Costs are computed in float, which loses a little of
+// |e|_2^2 |M|: of a badly conditioned M the bounds are worth less, and nothing in the end.
 inline Bounds bounds_of(const metric::Metric& metric) {
-  constexpr float kRounded = 0.98f;  // a cost is the sum of many steps: far more than it can lose by rounding
+  constexpr float kRounded = 0.98f, kLost = 1e-6f;
   Matrix a, square, fourth;
-  float trace = 0.0f, all = 0.0f, largest = 0.0f;
+  float trace = 0.0f, all = 0.0f, largest = 0.0f, norm = 0.0f;
   for (int i = 0; i < kGroupSize; ++i)
     for (int k = 0; k < kGroupSize; ++k) {
       a[i][k] = 0.0f;
@@ -53,11 +54,17 @@ inline Bounds bounds_of(const metric::Metric& metric) {
   multiply(a, a, square);
   multiply(square, square, fourth);
   for (int i = 0; i < kGroupSize; ++i) {
-    float row = 0.0f;
-    for (int k = 0; k < kGroupSize; ++k) row += std::abs(fourth[i][k]);
+    float row = 0.0f, row_of_metric = 0.0f;
+    for (int k = 0; k < kGroupSize; ++k) {
+      row += std::abs(fourth[i][k]);
+      row_of_metric += std::abs(metric.m[i][k]);
+    }
     largest = row > largest ? row : largest;
+    norm = row_of_metric > norm ? row_of_metric : norm;
   }
-  return {kRounded / (all * trace), kRounded / (std::sqrt(std::sqrt(largest)) * trace)};
+  const float eigenvalue = std::sqrt(std::sqrt(largest)) * trace;
+  const float sure = kRounded - kLost * norm * eigenvalue, rounded = sure > 0.0f ? sure : 0.0f;
+  return {rounded / (all * trace), rounded / eigenvalue};
 }
 
 constexpr float kTried = std::numeric_limits<float>::infinity();  // no codeword is left where this is what it costs at least
