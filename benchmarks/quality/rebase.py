@@ -28,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true")
     arguments = parser.parse_args(argv)
     dtype = getattr(torch, arguments.dtype)
+    arguments.out.absolute().parent.mkdir(parents=True, exist_ok=True)  # build/quality of a fresh checkout
     try:
         rebase_model(arguments.model, arguments.out, arguments.seed, dtype, arguments.overwrite)
     except PVQError as error:

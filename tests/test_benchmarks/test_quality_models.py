@@ -4,6 +4,7 @@
 import pytest
 import torch
 
+from benchmarks.quality import rebase
 from benchmarks.quality.dense import checkpoint_to_dense, linear_names, write_dense
 from benchmarks.quality.project import with_activation
 from benchmarks.quality.protocol import Protocol
@@ -65,3 +66,8 @@ def test_linear_names_are_those_of_the_decoder(tiny_llama):
     names = linear_names(ModelSource.open(tiny_llama))
     assert len(names) == 14
     assert all(".layers." in name for name in names)
+
+
+def test_a_model_is_rebased_into_a_folder_of_a_fresh_checkout(tiny_llama, tmp_path):
+    assert rebase.main([str(tiny_llama), str(tmp_path / "build" / "quality" / "base")]) == 0
+    assert ModelSource.open(tmp_path / "build" / "quality" / "base").tensors
