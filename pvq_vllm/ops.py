@@ -394,22 +394,6 @@ def _check_metrics(metrics: torch.Tensor, weight: torch.Tensor) -> None:
     require("metrics", metrics, torch.float32, shape, weight.device)
 
 
-def causal_softmax(scores: torch.Tensor, queries: int) -> torch.Tensor:
-    """Softmax of attention scores, of which each query sees the keys up to its own position.
-
-    Args:
-        scores: float32 [n, k queries, keys]: of the last ``queries`` of ``keys`` positions, in order, for k heads; overwritten.
-    Returns:
-        bfloat16, of the same shape; 0 behind a query's position.
-    """
-    count, rows, keys = require("scores", scores, torch.float32, (None, None, None)).shape
-    if queries < 1 or rows % queries or queries > keys:
-        raise PVQError(f"scores has {rows} rows and {keys} keys, which do not fit {queries} queries.")
-    probabilities = torch.empty_like(scores, dtype=torch.bfloat16)
-    _C.causal_softmax(scores.data_ptr(), count * rows, queries, keys, probabilities.data_ptr())
-    return probabilities
-
-
 SCALE_TRIALS = (0.90, 0.94, 0.97, 1.03, 1.06, 1.10)
 
 
@@ -450,3 +434,22 @@ def search_row_scale(weight: torch.Tensor, codebook: str, sample_groups: int = 6
 def _to_half_grid(scale: torch.Tensor) -> torch.Tensor:
     smallest, largest = 2.0**-24, 65504.0
     return torch.where(scale > 0, scale.clamp(smallest, largest), scale).to(torch.float16).float()
+
+
+# ---- attention of the calibration passes ----------------------------------------------------------------------------------
+
+
+def causal_softmax(scores: torch.Tensor, queries: int) -> torch.Tensor:
+    """Softmax of attention scores, of which each query sees the keys up to its own position.
+
+    Args:
+        scores: float32 [n, k queries, keys]: of the last ``queries`` of ``keys`` positions, in order, for k heads; overwritten.
+    Returns:
+        bfloat16, of the same shape; 0 behind a query's position.
+    """
+    count, rows, keys = require("scores", scores, torch.float32, (None, None, None)).shape
+    if queries < 1 or rows % queries or queries > keys:
+        raise PVQError(f"scores has {rows} rows and {keys} keys, which do not fit {queries} queries.")
+    probabilities = torch.empty_like(scores, dtype=torch.bfloat16)
+    _C.causal_softmax(scores.data_ptr(), count * rows, queries, keys, probabilities.data_ptr())
+    return probabilities
