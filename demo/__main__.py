@@ -207,6 +207,7 @@ def make_checkpoint(folder: Path, bits: int) -> tuple[Path, Path]:
         str(bits),
         "--calibration",
         "builtin",
+        "--no-evaluate",  # a step of its own
         "--overwrite",
     ]
     run_once("quantize", quantize, checkpoint, made_from=QUANTIZER_SOURCES)

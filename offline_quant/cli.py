@@ -143,12 +143,14 @@ def quantize(
         bool, typer.Option("--overwrite", help="Replace OUT, or an interrupted run.")
     ] = False,
     evaluate: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--evaluate",
-            help="Measure OUT against MODEL at the end, as `pvq eval OUT --reference MODEL --update-card` does.",
+            "--evaluate/--no-evaluate",
+            help="Measure OUT against MODEL at the end, as `pvq eval OUT --reference MODEL --update-card` does. "
+            "Default: if there is memory for both.",
+            show_default=False,
         ),
-    ] = False,
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(help="Threads (default: all cores this process may use).")
     ] = None,
@@ -243,8 +245,24 @@ def quantize(
             f"{report['calibration_tokens']:,} tokens of calibration are few for inputs of {widest} columns: "
             "--calibration-sequences 128 --calibration-length 2048 fits the codes to them less"
         )
-    if evaluate:
+    if evaluate is not False:
+        _measure_new(model, out, settings.device, threads, is_wanted=evaluate is True)
+
+
+def _measure_new(model: Path, out: Path, device: str, threads: int | None, is_wanted: bool) -> None:
+    """Measure a new checkpoint, for its card; where nobody asked for that, only if it can be done."""
+    from .memory import check_memory
+    from .model_source import ModelSource
+
+    later = "`pvq eval OUT --reference MODEL --update-card` measures it later"
+    try:
+        if not is_wanted:
+            check_memory(ModelSource.open(model), device, 2, 0, "measuring", later)
         eval_(out, reference=model, update_card=True, device=device, threads=threads)
+    except PVQError as error:
+        if is_wanted:
+            raise
+        Console(stderr=True).print(f"not measured: {error}")
 
 
 def inspect(

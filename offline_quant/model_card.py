@@ -6,6 +6,10 @@ from pathlib import Path
 
 from pvq_vllm.codec.errors import PVQError
 
+NOT_MEASURED = (
+    "What the model lost was not measured: `pvq eval . --reference BASE_MODEL --update-card` does it."
+)
+
 
 def model_card(base: Path, report: dict) -> str:
     """Return the model card for a checkpoint made from the folder ``base``; ``report`` as
@@ -62,8 +66,9 @@ def model_card(base: Path, report: dict) -> str:
         "",
         *table,
         "",
-        "Error of every layer: `report.html`, `report.json`, or `pvq inspect .`. Perplexity and KL divergence, if they are",
-        "not in the table: `pvq eval . --reference BASE_MODEL --update-card` adds them. Made by",
+        "Error of every layer: `report.html`, `report.json`, or `pvq inspect .`.",
+        NOT_MEASURED,
+        "Made by",
         "",
         "```console",
         report["command"],
@@ -94,7 +99,8 @@ def check_card(card: str) -> None:
 
 
 def add_evaluation(card: str, result: dict, text: str) -> str:
-    """Return the model card with the numbers of an evaluation in its table, in the place of older ones.
+    """Return the model card with the numbers of an evaluation in its table, in the place of older ones or of the sentence
+    that there are none.
 
     Args:
         card: as ``model_card`` made it, perhaps edited since.
@@ -108,7 +114,8 @@ def add_evaluation(card: str, result: dict, text: str) -> str:
         "KL divergence to the base": f"{result['kl_divergence']:.4f} nats a token, {on}",
         "Top-1 agreement with the base": f"{result['top1_agreement']:.4f}, {on}",
     }
-    lines = [line for line in card.split("\n") if not line.startswith(tuple(f"| {name} |" for name in rows))]
+    replaced = NOT_MEASURED, *(f"| {name} |" for name in rows)
+    lines = [line for line in card.split("\n") if not line.startswith(replaced)]
     check_card(card)
     places = [index for index, line in enumerate(lines) if line.startswith("| Calibration |")]
     new = [f"| {name} | {value} |" for name, value in rows.items()]

@@ -47,6 +47,7 @@ def quantized(protocol: Protocol, arguments: tuple[str, ...], calibrate: bool = 
         str(torch.get_num_threads()),
         "--device",
         protocol.device,
+        "--no-evaluate",
     ]
     if calibrate:
         options += ["--calibration", str(protocol.calibration_text)]

@@ -3,12 +3,15 @@
 
 import json
 import re
+import shutil
 from importlib.metadata import EntryPoint
 
 import pytest
 import torch
 
+from offline_quant import memory
 from offline_quant.device import choose_device
+from offline_quant.model_card import NOT_MEASURED
 from pvq_vllm import cli
 from pvq_vllm.codec.errors import PVQError
 
@@ -58,30 +61,47 @@ def test_inspect_prints_a_table_or_json(checkpoint, capsys):
     assert codebooks["model.layers.1.mlp.down_proj"] == "pvq4" and "lm_head" not in codebooks
 
 
-def test_quantize_says_what_calibration_would_gain_and_measures_when_asked(tiny_llama, tmp_path, capsys):
+def test_quantize_says_what_calibration_would_gain_and_measures_its_result(tiny_llama, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["quantize", str(tiny_llama), str(out), "--bits", "4", "--device", "cpu"]
-    assert main([*arguments, "--evaluate"]) == 0
+    assert main(arguments) == 0
     printed = capsys.readouterr()
     assert "--calibration builtin" in " ".join(printed.err.split())
     assert "kl_divergence" in printed.out
-    assert re.search(
-        r"^\| KL divergence.* 10 x 1024 tokens of evaluation.txt, \w+ on cpu \|$", card_of(out), re.M
-    )
-    calibrated = [
-        "--overwrite",
-        "--calibration",
-        "builtin",
-        "--calibration-sequences",
-        "2",
-        "--calibration-length",
-        "64",
-    ]
+    measured = r"^\| KL divergence.* 10 x 1024 tokens of evaluation.txt, \w+ on cpu \|$"
+    assert re.search(measured, card_of(out), re.M) and NOT_MEASURED not in card_of(out)
+    calibrated = ["--overwrite", "--calibration", "builtin", "--calibration-sequences", "2"]
+    calibrated += ["--calibration-length", "64", "--no-evaluate"]
     assert main([*arguments, *calibrated]) == 0
     printed = capsys.readouterr()
     assert "--calibration builtin" not in " ".join(printed.err.split())
-    assert "kl_divergence" not in printed.out and "KL divergence" not in card_of(out)
+    assert "kl_divergence" not in printed.out
+    assert NOT_MEASURED in card_of(out) and not re.search(measured, card_of(out), re.M)
     assert "128 tokens of calibration are few for inputs of 192 columns" in " ".join(printed.err.split())
+
+
+def test_quantize_measures_only_with_memory_for_both_models(tiny_llama, tmp_path, capsys, monkeypatch):
+    arguments = ["quantize", str(tiny_llama), str(tmp_path / "out"), "--device", "cpu"]
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1_000_000)
+    assert main(arguments) == 0
+    printed = capsys.readouterr()
+    assert (
+        "not measured: measuring needs 2 whole models in memory, 0.0 GB with what it computes, and 0.0 GB are free: "
+        "`pvq eval OUT --reference MODEL --update-card` measures it later" in " ".join(printed.err.split())
+    )
+    assert "kl_divergence" not in printed.out and NOT_MEASURED in card_of(tmp_path / "out")
+
+
+@pytest.mark.parametrize(("options", "status"), [([], 0), (["--evaluate"], 2)])
+def test_a_result_that_cannot_be_measured_is_an_error_only_if_that_was_asked_for(
+    tiny_llama, tmp_path, capsys, options, status
+):
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    (model / "tokenizer.json").unlink()
+    assert main(["quantize", str(model), str(tmp_path / "out"), *options]) == status
+    said = " ".join(capsys.readouterr().err.split())
+    assert ("not measured: " in said) == (status == 0) and "tokenizer" in said
+    assert main(["inspect", str(tmp_path / "out")]) == 0
 
 
 def card_of(folder):
