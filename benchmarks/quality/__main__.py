@@ -7,7 +7,7 @@
 
 One row for each method, each kept as a JSON file, so that an interrupted run goes on where it was. A row whose
 environment is missing, or that fails, is reported and left out. The table and the picture are written from all
-rows that exist.
+rows that exist; those of docs/ from docs/measurements/quality.json, into which --docs puts the rows of this machine.
 """
 
 import argparse
@@ -31,8 +31,11 @@ from pvq_vllm.codec.errors import PVQError
 from .peers.environments import MissingEnvironment
 from .project import ROOT, commit
 from .protocol import Protocol
-from .report import write_report
+from .report import merged, write_report
 from .rows import ROWS, Row
+
+DOCS = ROOT / "docs"
+KEPT = DOCS / "measurements" / "quality.json"
 
 
 def run_row(row: Row, protocol: Protocol, peers: Path, keep: bool) -> dict:
@@ -76,7 +79,11 @@ def main() -> int:
     parser.add_argument("--only", default="*", help="rows to run, patterns with commas between; '' for none")
     parser.add_argument("--redo", action="store_true", help="run rows again that are there")
     parser.add_argument("--keep", action="store_true", help="keep the quantized models")
-    parser.add_argument("--docs", action="store_true", help="write the table and the picture into docs/")
+    parser.add_argument(
+        "--docs",
+        action="store_true",
+        help="put the rows into docs/: table, picture, measurements/quality.json",
+    )
     parser.add_argument(
         "--threads", type=int, default=len(os.sched_getaffinity(0)), help="of every program that is run"
     )
@@ -98,6 +105,11 @@ def main() -> int:
     unknown = [pattern for pattern in patterns if not fnmatch.filter(ROWS, pattern)]
     if unknown:
         parser.error(f"--only {unknown[0]} matches no row: --list shows them")
+    if arguments.docs:
+        try:
+            merged([], protocol.texts, KEPT)
+        except PVQError as error:
+            parser.error(str(error))
     folder = protocol.folder / "rows"
     folder.mkdir(exist_ok=True)
     failed = 0
@@ -122,8 +134,10 @@ def main() -> int:
             flush=True,
         )
     records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    if arguments.docs:
+        records = merged(records, protocol.texts, KEPT)
     if records:
-        write_report(records, ROOT / "docs" if arguments.docs else protocol.folder)
+        write_report(records, DOCS if arguments.docs else protocol.folder)
     return 1 if failed else 0
 
 

@@ -40,15 +40,19 @@ class Protocol:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the model, the texts and their numbers of tokens; a row with another one is not reused."""
-        parts = {
-            "model": self.source.fingerprint(),
+        parts = {"model": self.source.fingerprint(), **self.texts}
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+    @cached_property
+    def texts(self) -> dict:
+        """Hashes of both texts, and numbers of sequences and of tokens: what the rows of one table share."""
+        return {
             "texts": [
                 hashlib.sha256(path.read_bytes()).hexdigest()
                 for path in (self.calibration_text, self.evaluation_text)
             ],
             "tokens": [self.calibration_sequences, self.evaluation_sequences, self.length],
         }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     @cached_property
     def folder(self) -> Path:

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table and the picture of a comparison."""
 
+import json
 from pathlib import Path
+
+from pvq_vllm.codec.errors import PVQError
 
 BEGIN, END = "<!-- table: written by benchmarks/quality -->", "<!-- end of table -->"
 OURS = "PVQ (this project)"
@@ -13,10 +16,15 @@ VARIANT = "PVQ, other options"  # likewise
 def pareto_front(records: list[dict], lower: str = "kl_divergence") -> list[dict]:
     """Return the records that no other one beats in bits and in ``lower`` at once, by bits."""
     front: list[dict] = []
-    for record in sorted(records, key=lambda r: (r["bits_per_weight"], r[lower])):
+    for record in sorted(records, key=lambda r: (_bits(r), r[lower])):
         if not front or record[lower] < front[-1][lower]:
             front.append(record)
     return front
+
+
+def _bits(record: dict) -> float:
+    """Bits a weight as the table has them: what differs by less is no difference."""
+    return round(record["bits_per_weight"], 3)
 
 
 def table(records: list[dict]) -> str:
@@ -27,7 +35,7 @@ def table(records: list[dict]) -> str:
         "| method | bits a weight | KL divergence (95%) | perplexity | top-1 agreement | device, commit |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for record in sorted(records, key=lambda r: (r["bits_per_weight"], r["kl_divergence"])):
+    for record in sorted(records, key=lambda r: (_bits(r), r["kl_divergence"])):
         mark = "**" if record["key"] in front and record["bits_per_weight"] < 16 else ""
         interval = record["kl_divergence_ci95"]  # None for a single sequence
         agreement = "" if record["top1_agreement"] is None else f"{record['top1_agreement']:.3f}"
@@ -35,7 +43,7 @@ def table(records: list[dict]) -> str:
         lines.append(
             f"| {mark}{record['label']}{mark} | {record['bits_per_weight']:.3f} | "
             f"{record['kl_divergence']:.4f}{spread} | {record['perplexity']:.2f} | "
-            f"{agreement} | {record['device']} {record['commit'][:7]} |"
+            f"{agreement} | {record['device']} {record['commit'][:7]}{'+' * record['commit'].endswith('+')} |"
         )
     return "\n".join(lines)
 
@@ -71,6 +79,29 @@ def draw(records: list[dict], path: Path) -> None:
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def merged(records: list[dict], texts: dict, kept: Path) -> list[dict]:
+    """Put ``records`` into the file ``kept``, each in the place of an older one with its key, and return all it has then:
+    rows may come from several machines.
+
+    Args:
+        texts: ``Protocol.texts`` of the records.
+    Raises:
+        PVQError: the file has rows that were measured on other texts.
+    """
+    content = json.loads(kept.read_text()) if kept.exists() else {**texts, "rows": []}
+    if {key: content[key] for key in texts} != texts:
+        raise PVQError(
+            f"{kept} has rows of other texts or numbers of tokens: give those with --calibration and --evaluation, or move it "
+            "away to begin a new table"
+        )
+    rows = {record["key"]: record for record in (*content["rows"], *records)}
+    content["rows"] = [rows[key] for key in sorted(rows)]
+    partial = kept.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.rename(kept)
+    return content["rows"]
 
 
 def write_report(records: list[dict], folder: Path) -> None:

@@ -2,6 +2,7 @@
 """The parts of benchmarks/quality that need no model: bits, groups, rounding, the Pareto front, recipes."""
 
 import importlib.util
+import json
 import math
 from pathlib import Path
 
@@ -16,9 +17,10 @@ from benchmarks.quality.bits import (
     mean_bits,
     nf4_bits,
 )
-from benchmarks.quality.report import BEGIN, END, pareto_front, table, write_report
+from benchmarks.quality.report import BEGIN, END, merged, pareto_front, table, write_report
 from benchmarks.quality.rounding import round_to_nearest
 from benchmarks.quality.rows import ROWS, largest_pulses
+from pvq_vllm.codec.errors import PVQError
 from pvq_vllm.codec.pyramid import codebook_size
 
 
@@ -111,6 +113,26 @@ def test_report_replaces_only_the_table(tmp_path):
     assert "old" not in content
     assert "**a**" in content
     assert (tmp_path / "quality.png").stat().st_size > 1000
+
+
+def test_rows_of_several_machines_come_together(tmp_path):
+    texts, kept = {"texts": ["a", "b"], "tokens": [24, 10, 1024]}, tmp_path / "quality.json"
+    assert merged([_record("b", 4, 0.2), _record("a", 3, 0.3)], texts, kept)[0]["key"] == "a"
+    again = merged([_record("b", 4, 0.1)], texts, kept)
+    assert [(record["key"], record["kl_divergence"]) for record in again] == [("a", 0.3), ("b", 0.1)]
+    assert merged([], texts, kept) == again
+    with pytest.raises(PVQError, match=r"quality\.json has rows of other texts"):
+        merged([], {**texts, "tokens": [24, 10, 512]}, kept)
+
+
+def test_the_page_has_the_rows_that_are_kept():
+    """Every row is one of the program's, by its label, and the page's table is written from them."""
+    docs = Path(__file__).parents[2] / "docs"
+    rows = json.loads((docs / "measurements" / "quality.json").read_text())["rows"]
+    assert {(row["key"], row["family"], row["label"]) for row in rows} <= {
+        (row.key, row.family, row.label) for row in ROWS.values()
+    }
+    assert f"{BEGIN}\n\n{table(rows)}\n\n{END}" in (docs / "quality.md").read_text()
 
 
 def test_rows_have_distinct_labels():
