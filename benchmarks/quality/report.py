@@ -10,6 +10,7 @@ BEGIN, END = "<!-- table: written by benchmarks/quality -->", "<!-- end of table
 OURS = "PVQ (this project)"
 TUNED = "PVQ (this project), tuned"
 NOT_WEIGHT_ONLY = "PVQ, activations too"  # in the table, but neither in the picture nor on the front
+PERPLEXITY_SHOWN = 100  # what is worse would press the rest together
 VARIANT = "PVQ, other options"  # likewise
 
 
@@ -53,7 +54,7 @@ def draw(records: list[dict], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(1, 2, figsize=(13, 5.5), constrained_layout=True)
     base = next((record for record in records if record["family"] == "base"), None)
@@ -75,6 +76,13 @@ def draw(records: list[dict], path: Path) -> None:
         if base is not None and key == "perplexity":
             axis.axhline(base["perplexity"], color="grey", linestyle=":", label="unquantized")
         axis.set(xlabel="bits a weight in the linear layers, scales included", ylabel=name, yscale="log")
+        if key == "perplexity" and max(record[key] for record in records) > PERPLEXITY_SHOWN:
+            axis.set(
+                ylim=(0.95 * min(record[key] for record in records), PERPLEXITY_SHOWN),
+                ylabel=f"{name} (above {PERPLEXITY_SHOWN}: not shown)",
+            )
+            # Labels at 20, 30, … too: the axis is not much longer than a power of ten.
+            axis.yaxis.set_minor_formatter(ticker.LogFormatter(minor_thresholds=(2, 1)))
         axis.grid(True, which="both", alpha=0.25)
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
