@@ -23,7 +23,8 @@ MODELS = {
     "smollm2": ((960, 576), (576, 576), (3072, 576), (576, 1536)),  # SmolLM2-135M
     "llama-1b": ((3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192)),  # Llama-3.2-1B
 }
-ROTATIONS = ("none", "residual", "block:64", "block:256", "online")
+BLOCKS = (64, 128, 256, 512, 1024)
+ROTATIONS = ("none", "residual", *(f"block:{columns}" for columns in BLOCKS), "online")
 COPIES_BYTES = 128 << 20
 CODEBOOK = "pvq4"
 
