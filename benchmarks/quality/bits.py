@@ -7,6 +7,8 @@ what a model keeps unquantized (embedding, norms, head), which is the same for e
 
 import math
 
+from pvq_vllm.codec.pyramid import index_bits
+
 # Bits of a block of 256 (or of the 32 that the older types have), by ggml's type name, from ggml-common.h: the
 # packed structures have no padding, so bytes * 8 is what counts.
 GGML_BLOCKS = {
@@ -24,6 +26,21 @@ def group_width(in_features: int, wanted: int) -> int:
     """
     divisors = [size for size in range(1, in_features + 1) if in_features % size == 0]
     return min(divisors, key=lambda size: (abs(math.log(size / wanted)), -size))
+
+
+def largest_pulses(group: int, bits: float) -> int:
+    """Return the largest K for which an index of S(group, K) takes at most ``bits`` bits a weight."""
+    pulses = 1
+    while index_bits(group, pulses + 1) <= bits * group:
+        pulses += 1
+    return pulses
+
+
+def pyramid_bits(
+    in_features: int, group: int, pulses: int, amplitude_bits: int, scale_bits: int = 16
+) -> float:
+    """Bits a weight of rows whose groups have an index on S(group, pulses) and an amplitude each."""
+    return (index_bits(group, pulses) + amplitude_bits) / group + scale_bits / in_features
 
 
 def grouped_integer_bits(bits: int, group: int, scale_bits: int = 16, zero_bits: int = 0) -> float:

@@ -26,7 +26,7 @@ from offline_quant.model_source import ModelSource
 from offline_quant.rebase import rebase_model
 from offline_quant.residual_rotation import READERS, WRITERS, FoldedSource, RowRotation, hadamard_rotation
 from offline_quant.rotation import rotate_rows
-from pvq_vllm import ops
+from pvq_vllm import quantizer_ops
 from pvq_vllm.codec.format import Codebook
 from pvq_vllm.codec.rotation import Rotation, rotation_layout
 
@@ -36,14 +36,14 @@ INNER_BLOCK = 128  # columns of the blocks in which the MLP's inner activation i
 def rounded(weight: torch.Tensor, codebook: str, scale_by_rms: float) -> torch.Tensor:
     """The nearest values of ``weight``, float32 [rows, columns], with row scales in proportion to the rows' RMS."""
     scale = (weight.square().mean(1).sqrt() * scale_by_rms).half().float()
-    codes = ops.quantize_rows(weight, codebook, scale)[0]
-    return (ops.decode_codes(codes, codebook).float() + Codebook(codebook).h / 2) * scale[:, None]
+    codes = quantizer_ops.quantize_rows(weight, codebook, scale)[0]
+    return (quantizer_ops.decode_codes(codes, codebook).float() + Codebook(codebook).h / 2) * scale[:, None]
 
 
 def best_scale(codebook: str) -> float:
     """The best row scale of Gaussian rows of unit RMS."""
     rows = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0))
-    return ops.search_row_scale(rows, codebook).float().mean().item()
+    return quantizer_ops.search_row_scale(rows, codebook).float().mean().item()
 
 
 def procrustes(cross: torch.Tensor) -> torch.Tensor:

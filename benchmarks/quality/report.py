@@ -9,6 +9,7 @@ from pvq_vllm.codec.errors import PVQError
 BEGIN, END = "<!-- table: written by benchmarks/quality -->", "<!-- end of table -->"
 OURS = "PVQ (this project)"
 TUNED = "PVQ (this project), tuned"
+MIXED = "PVQ (this project), canonical rates too"
 NOT_WEIGHT_ONLY = "PVQ, activations too"  # in the table, but neither in the picture nor on the front
 PERPLEXITY_SHOWN = 100  # what is worse would press the rest together
 VARIANT = "PVQ, other options"  # likewise

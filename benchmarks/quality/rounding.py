@@ -22,15 +22,18 @@ def round_to_nearest(weight: torch.Tensor, bits: int, group: int) -> torch.Tenso
     return (levels * scale).reshape(weight.shape)
 
 
+def full_rotation(width: int) -> Rotation:
+    """Return the rotation of `--rotation online`, over the whole width where a Hadamard matrix has it."""
+    blocks, factors = rotation_layout(width)
+    return Rotation(0, width, blocks, list(factors))
+
+
 def rounded_weights(source, names: list[str], bits: int, group: int, rotate: bool):
     """Yield (name, weight [m, n] float32, bits a weight) of every module."""
     for name in names:
         weight = source.read(f"{name}.weight").float()
         width = weight.shape[1]
-        rotation = None
-        if rotate:
-            blocks, factors = rotation_layout(width)
-            rotation = Rotation(0, width, blocks, list(factors))
+        rotation = full_rotation(width) if rotate else None
         size = group_width(width, group)
         rounded = round_to_nearest(rotate_rows(weight, rotation), bits, size)
         yield name, unrotate_rows(rounded, rotation), grouped_integer_bits(bits, size)

@@ -1,22 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rows of the comparison: what each is called and how its dense model is made."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-from pvq_vllm.codec.pyramid import index_bits
-
-from .bits import group_width, mean_bits
+from .bits import group_width, largest_pulses, mean_bits
 from .dense import checkpoint_to_dense, linear_names, write_dense
+from .paper import paper_weights
 from .peers.environments import run_job
 from .project import quantized, with_activation
 from .protocol import Protocol
-from .report import NOT_WEIGHT_ONLY, OURS, TUNED, VARIANT
+from .report import MIXED, NOT_WEIGHT_ONLY, OURS, TUNED, VARIANT
 from .rounding import rounded_weights
+
+# Those of `--target-bpw` by itself, and canonical ones between and above them, which a server unpacks to 8 bits.
+MIXED_RATES = ("2", "3", "4", "8", "16,27,4", "16,58,4", "16,123,4")
 
 
 @dataclass(frozen=True)
@@ -44,15 +46,20 @@ def _base(protocol: Protocol, _peers: Path, _work: Path) -> Made:
     return Made(protocol.model, 16.0, {})
 
 
+def _written(protocol: Protocol, work: Path, weights: Iterable[tuple[str, torch.Tensor, float]]) -> Made:
+    """The model with these weights, (name, weight, bits a weight) each."""
+    replaced, sizes = {}, []
+    for name, weight, stored in weights:
+        replaced[f"{name}.weight"] = weight
+        sizes.append((weight.numel(), stored))
+    write_dense(protocol.source, work / "dense", replaced)
+    return Made(work / "dense", mean_bits(sizes), {})
+
+
 def _rounding(bits: int, group: int, rotate: bool) -> Callable[[Protocol, Path, Path], Made]:
     def make(protocol: Protocol, _peers: Path, work: Path) -> Made:
-        replaced, sizes = {}, []
         names = linear_names(protocol.source)
-        for name, weight, stored in rounded_weights(protocol.source, names, bits, group, rotate):
-            replaced[f"{name}.weight"] = weight
-            sizes.append((weight.numel(), stored))
-        write_dense(protocol.source, work / "dense", replaced)
-        return Made(work / "dense", mean_bits(sizes), {})
+        return _written(protocol, work, rounded_weights(protocol.source, names, bits, group, rotate))
 
     return make
 
@@ -139,12 +146,16 @@ def _canonical(group: int, bits: int, amplitude_bits: int) -> Callable[[Protocol
     return make
 
 
-def largest_pulses(group: int, bits: float) -> int:
-    """Return the largest K for which an index of S(group, K) takes at most ``bits`` bits a weight."""
-    pulses = 1
-    while index_bits(group, pulses + 1) <= bits * group:
-        pulses += 1
-    return pulses
+def _paper(group: int, bits: int, amplitude_bits: int) -> Callable[[Protocol, Path, Path], Made]:
+    """The paper's own quantizer, with the codebook that ``_canonical`` has."""
+
+    def make(protocol: Protocol, _peers: Path, work: Path) -> Made:
+        weights = paper_weights(
+            protocol.source, protocol.calibration, protocol.device, group, bits, amplitude_bits
+        )
+        return _written(protocol, work, weights)
+
+    return make
 
 
 def _rows() -> list[Row]:
@@ -189,6 +200,11 @@ def _rows() -> list[Row]:
             label = f"canonical PVQ, D = {group}, {bits} bits and {amplitude_bits} for the amplitude"
             make = _canonical(group, bits, amplitude_bits)
             rows.append(Row(f"canonical-d{group}-{bits}", "canonical PVQ", label, make))
+    for group, amplitude_bits in ((16, 4), (128, 4)):
+        for bits in (4, 3):
+            label = f"PVQ as in the paper, D = {group}, {bits} bits and {amplitude_bits} for the amplitude"
+            make = _paper(group, bits, amplitude_bits)
+            rows.append(Row(f"paper-d{group}-{bits}", "PVQ as in the paper", label, make))
     for bits in (4, 3):
         make = _project("--bits", str(bits), calibrate=False)
         rows.append(Row(f"pvq-{bits}-rounded", "PVQ, rounded", f"PVQ {bits} bits, no calibration", make))
@@ -200,6 +216,10 @@ def _rows() -> list[Row]:
     for bits in ("3.02", "4.02"):
         label = f"PVQ {bits} bits, a rate for each module"
         rows.append(Row(f"pvq-{bits}", OURS, label, _project("--target-bpw", bits)))
+    for bits in ("3.25", "3.5", "4.5", "5"):
+        make = _project("--target-bpw", bits, *(f"--rate={rate}" for rate in MIXED_RATES))
+        label = f"PVQ {bits} bits, canonical codebooks among the rates"
+        rows.append(Row(f"pvq-{bits}-mixed", MIXED, label, make))
     for bits in ("4", "3"):
         for rotation in (
             "residual", "residual:128", "residual:512", "none", "block:64", "block:128", "block:256", "block:512"
