@@ -3,11 +3,10 @@
 //
 // One block a multiprocessor holds all the columns in shared memory and owns consecutive tiles of 16 rows. Each of its warps
 // takes consecutive chunks of these tiles, on its own: no barrier between the first chunk and the last, since integer sums may be
-// added in any order. What does not need the activations is done before they
-// exist, that is before the kernel that makes them has ended (programmatic dependence): the first chunks are on their way to
-// registers, and the very first is decoded. A single token that needs no rotation is
-// quantized here, by every block for itself; with more tokens, or a rotation, a kernel in front of this one, which overlaps with
-// its prologue, is faster.
+// added in any order. What does not need the activations is done before they exist, that is before the kernel that makes them has
+// ended (programmatic dependence): the first chunks are on their way to registers, and the very first is decoded. A single token
+// that needs no rotation is quantized here, by every block for itself; with more tokens, or a rotation, a kernel in front of this
+// one, which overlaps with its prologue, is faster.
 #include <algorithm>
 
 #include "column_sums.cuh"
@@ -67,8 +66,7 @@ struct Walk {
 __device__ __forceinline__ void copy_columns(const Parameters& p, int first_chunk, int num_chunks, char* to, int num_threads) {
   const int padded = static_cast<int>(p.a.padded_columns), units = p.stored_columns * 8;
   const std::int8_t* from = p.a.data + static_cast<std::int64_t>(first_chunk) * padded * kChunkColumns;
-  const int skipped = (padded - p.stored_columns) * 8,
-            shift = __ffs(units) - 1;  // units is a power of two where some are skipped
+  const int skipped = (padded - p.stored_columns) * 8, shift = __ffs(units) - 1;  // units: a power of two where some are skipped
 #pragma unroll 1
   for (int i = threadIdx.x; i < num_chunks * units; i += num_threads)
     copy_async_16(to + 16 * i, from + 16 * static_cast<std::int64_t>(i + (skipped == 0 ? 0 : (i >> shift) * skipped)));
@@ -353,9 +351,8 @@ bool run_columns(Parameters& p, cudaStream_t stream) {
   const std::int64_t tiles = (p.weight.rows + kTileRows - 1) / kTileRows, num_sms = device_properties().num_sms,
                      chunks = (tiles + num_sms - 1) / num_sms * p.weight.num_chunks / (num_threads(kId, 1) / 32);
   if (p.num_columns <= 2 && chunks > kManyChunks) return run<kId, 1, kFused, true>(p, stream);
-  if constexpr (kFused) return run<kId, 1, kFused, false>(p, stream);
+  if (kFused || p.num_columns <= 8) return run<kId, 1, kFused, false>(p, stream);
   if constexpr (!kFused) {
-    if (p.num_columns <= 8) return run<kId, 1, kFused, false>(p, stream);
     if (p.num_columns <= 16) return run<kId, 2, kFused, false>(p, stream);
     if (p.num_columns <= 32) return run<kId, 4, kFused, false>(p, stream);
   }
