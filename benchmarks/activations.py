@@ -25,7 +25,7 @@ import pvq_vllm.hf_quantizer  # noqa: F401  registers the quantization method
 from offline_quant.calibration import forward_dtype
 from offline_quant.calibration_data import tokenize
 from offline_quant.evaluate import compare_logits, evaluation_text, load_model, mean_and_interval
-from pvq_vllm import ops
+from pvq_vllm import ops, quantizer_ops
 from pvq_vllm.codec.activation import parse_activation
 from pvq_vllm.codec.format import check_checkpoint
 from pvq_vllm.codec.pyramid import codebook_size
@@ -59,7 +59,7 @@ def exact_model(checkpoint: Path, base: Path, dtype: torch.dtype) -> nn.Module:
             codes, scale = shard.get_tensor(f"{name}.weight_packed"), shard.get_tensor(f"{name}.weight_scale")
         rows = codes.view(torch.int8).flatten(1).float() if spec.codebook.name == "int8" else None
         if rows is None:
-            rows = ops.decode_codes(codes, spec.codebook.name).float() + spec.codebook.h / 2
+            rows = quantizer_ops.decode_codes(codes, spec.codebook.name).float() + spec.codebook.h / 2
         blocks, width = spec.rotation_blocks, rows.shape[1]
         factors = config.rotation_factors[width // blocks] if blocks else []
         weight = Rotation(config.rotation_seed, width, blocks, factors).unrotate(

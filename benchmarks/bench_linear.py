@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from pvq_vllm import ops
+from pvq_vllm import ops, quantizer_ops
 from pvq_vllm.codec.rotation import rotation_layout
 
 SHAPES = {"qkv": (3072, 2048), "o": (2048, 2048), "gate_up": (16384, 2048), "down": (2048, 8192)}
@@ -32,7 +32,7 @@ def make_layer(name: str, out_features: int, in_features: int, activation: str):
     weight = torch.randn(
         min(out_features, 64), in_features
     )  # coding 64 rows is enough: the kernels do not look at values
-    codes, _ = ops.quantize_rows(weight, name, ops.search_row_scale(weight, name))
+    codes, _ = quantizer_ops.quantize_rows(weight, name, quantizer_ops.search_row_scale(weight, name))
     codes = codes.repeat(out_features // codes.shape[0], 1, 1)
     plan = ops.make_plan(
         [(name, out_features)], in_features, rotation_blocks=blocks, factors=factors, activation=activation

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from pvq_vllm import ops
+from pvq_vllm import ops, quantizer_ops
 from pvq_vllm.codec.rotation import rotation_layout
 
 # [out_features, in_features] of the fused layers; the last one is down.
@@ -41,7 +41,9 @@ def make_layers(shapes: tuple[tuple[int, int], ...]) -> dict[str, list[tuple]]:
     layers: dict[str, list[tuple]] = {rotation: [] for rotation in ROTATIONS}
     for index, (out_features, in_features) in enumerate(shapes):
         weight = torch.randn(64, in_features)  # the kernels do not look at values
-        codes, _ = ops.quantize_rows(weight, CODEBOOK, ops.search_row_scale(weight, CODEBOOK))
+        codes, _ = quantizer_ops.quantize_rows(
+            weight, CODEBOOK, quantizer_ops.search_row_scale(weight, CODEBOOK)
+        )
         codes = codes.repeat(-(-out_features // 64), 1, 1)[:out_features].contiguous()
         scale = torch.full((out_features,), 1e-3).half()
         for rotation in ROTATIONS:

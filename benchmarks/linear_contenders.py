@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 
 try:
-    from pvq_vllm import ops
+    from pvq_vllm import ops, quantizer_ops
 except ModuleNotFoundError:  # run from a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from pvq_vllm import ops
+    from pvq_vllm import ops, quantizer_ops
 from pvq_vllm.codec.format import Codebook
 from pvq_vllm.codec.rotation import Rotation, rotation_layout
 
@@ -48,7 +48,7 @@ def code_table(codebook: str) -> torch.Tensor:
     gaussian = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
     if codebook == "int8":
         return (gaussian * 32).round().clamp(-127, 127).to(torch.int8).view(torch.uint8).view(-1, 8).cuda()
-    codes, _ = ops.quantize_rows(gaussian, codebook, torch.full((64,), 2.0**-5))
+    codes, _ = quantizer_ops.quantize_rows(gaussian, codebook, torch.full((64,), 2.0**-5))
     return codes.view(-1, codes.shape[-1]).cuda()
 
 
@@ -122,7 +122,7 @@ def relative_error(layer: Layer, x: torch.Tensor, y: torch.Tensor) -> float:
         x[chosen.to(x.device)].cpu().double(),
         y[chosen.to(y.device)][:, layer.rows].cpu().double(),
     )
-    q = ops.decode_codes(layer.row_codes, layer.codebook).double()
+    q = quantizer_ops.decode_codes(layer.row_codes, layer.codebook).double()
     weight = (q + Codebook(layer.codebook).h / 2) * layer.row_scale.double()[:, None]
     reference = (layer.rotation.rotate(chosen_x) if layer.rotation else chosen_x) @ weight.T
     return float((chosen_y - reference).norm() / reference.norm())

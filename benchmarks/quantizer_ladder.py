@@ -22,7 +22,7 @@ from offline_quant.hessian import RotatedHessian
 from offline_quant.model_source import ModelSource
 from offline_quant.plan import codebook_from_text
 from offline_quant.rotation import rotate_rows
-from pvq_vllm import ops
+from pvq_vllm import quantizer_ops
 from pvq_vllm.codec.format import Codebook
 from pvq_vllm.codec.rotation import Rotation, rotation_layout
 from pvq_vllm.codec.serving import SERVING
@@ -94,7 +94,7 @@ def ladder(weight: torch.Tensor, hessian: torch.Tensor, name: str) -> Iterator[t
     def fitted(q: torch.Tensor) -> torch.Tensor:
         return fit_scale(w, q + 0.5, prepared.hessian, start)
 
-    _, q = ops.quantize_rows(w, name, start)
+    _, q = quantizer_ops.quantize_rows(w, name, start)
     yield "rounding", snr(q, start)
     identity = torch.eye(8).expand(width // 8, 2, 8, 8).contiguous()
     fields = prepared.hessian, prepared.damping, prepared.factor, identity, prepared.descent_metrics

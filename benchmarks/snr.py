@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from pvq_vllm import canonical_ops, ops
+from pvq_vllm import canonical_ops, quantizer_ops
 from pvq_vllm.codec.serving import SERVING
 
 TARGETS = {"pvq2": 10.1, "pvq3": 15.2, "pvq4": 20.7}
@@ -125,8 +125,8 @@ def main() -> None:
         table.add_row(name, f"{bits:.3f}", f"{value:.2f}", f"{bound:.2f}", f"{bound - value:.2f}", mark)
 
     for name, book in SERVING.items():
-        scale = ops.search_row_scale(weight, name)
-        _, q = ops.quantize_rows(weight, name, scale)
+        scale = quantizer_ops.search_row_scale(weight, name)
+        _, q = quantizer_ops.quantize_rows(weight, name, scale)
         value = decibels(weight, (q + 0.5) * scale[:, None])
         row(name, book.bytes_per_group + 16 / arguments.columns, value, TARGETS[name])
     for group_size, num_pulses, amplitude_bits in CANONICAL:

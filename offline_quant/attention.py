@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from pvq_vllm import ops
+from pvq_vllm import quantizer_ops
 
 from .device import short_products
 
@@ -132,4 +132,4 @@ def _probabilities(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tens
     scores = torch.empty(len(q), q.shape[1] * rows, keys)
     with short_products(True):  # of bfloat16, hence exact: what comes out is float32
         torch.baddbmm(scores, q.flatten(1, 2).float(), k.float().mT, beta=0, alpha=scale, out=scores)
-    return ops.causal_softmax(scores, rows)
+    return quantizer_ops.causal_softmax(scores, rows)

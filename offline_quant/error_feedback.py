@@ -15,7 +15,7 @@ of the row scales, s = (q H w) / (q H q).
 
 import torch
 
-from pvq_vllm import ops
+from pvq_vllm import quantizer_ops
 
 from .hessian import RotatedHessian
 
@@ -38,7 +38,7 @@ def feedback(
     work = weight.clone()
     codes, q = [], []
     for start, stop in _blocks(weight.shape[1]):
-        block_codes, block_q, error = ops.feedback_block(
+        block_codes, block_q, error = quantizer_ops.feedback_block(
             work[:, start:stop].contiguous(),
             factor[start:stop, start:stop].contiguous(),
             hessian.feedback_metrics[start // 8 : stop // 8],
@@ -74,7 +74,7 @@ def descend(
         square = hessian.hessian[columns, columns].clone()
         square.diagonal().add_(hessian.damping)
         block_codes, block_q = codes[:, groups].contiguous(), q[:, columns].contiguous()
-        ops.descend_block(
+        quantizer_ops.descend_block(
             weight[:, columns].contiguous(),
             block_codes,
             block_q,

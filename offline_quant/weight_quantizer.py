@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from pvq_vllm import ops
+from pvq_vllm import quantizer_ops
 from pvq_vllm.canonical_ops import decode_canonical, encode_canonical
 from pvq_vllm.codec.errors import PVQError
 from pvq_vllm.codec.format import Codebook
@@ -125,7 +125,7 @@ def _quantize_chunk(
         return fit_scale(weight, q.float() + codebook.h / 2, metric, working_scale)
 
     if hessian is None:
-        codes, q = ops.quantize_rows(weight, codebook.name, working_scale)
+        codes, q = quantizer_ops.quantize_rows(weight, codebook.name, working_scale)
     else:
         codes, q = feedback(weight, hessian, codebook.name, working_scale)
         for _ in range(DESCENT_PASSES):
@@ -222,7 +222,7 @@ def decode_levels(tensors: Mapping[str, torch.Tensor], codebook: Codebook, in_fe
             codebook.amplitude_bits,
             in_features,
         )
-    return ops.decode_codes(tensors["weight_packed"], codebook.name)
+    return quantizer_ops.decode_codes(tensors["weight_packed"], codebook.name)
 
 
 def dequantize_rotated(

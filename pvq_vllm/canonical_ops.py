@@ -2,8 +2,8 @@
 """The canonical codebook by the compiled module: same bytes and integers as ``codec.canonical``, some
 thousand times faster.
 
-With ops.py the only importer of ``_C``: a wrong address would crash the process, so everything is checked
-here.
+As in ops.py and quantizer_ops.py, a wrong address given to ``_C`` would crash the process, so everything is
+checked here.
 """
 
 from __future__ import annotations

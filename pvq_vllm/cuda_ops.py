@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The GPU half of ops.py and canonical_ops.py: checks of tensors, scratch memory, the stream; then addresses to ``_C.cuda``.
+"""The GPU half of the other ``*ops.py``: checks of tensors, scratch memory, the stream; then addresses to ``_C.cuda``.
 
 A call allocates with torch alone, waits for nothing and runs under CUDA-graph capture. What a plan needs on a device besides
 the weight is in cuda_constants.py.

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from vllm.model_executor.layers.linear import LinearMethodBase
 
-from pvq_vllm import ops
+from pvq_vllm import ops, quantizer_ops
 from pvq_vllm.codec.activation import check_width
 from pvq_vllm.codec.errors import PVQError
 from pvq_vllm.codec.format import CheckpointConfig, Codebook, read_shard_headers
@@ -225,5 +225,5 @@ def _dummy_codes(codebook: str) -> torch.Tensor:
     if codebook == "int8":
         return (gaussian * 32).round().clamp(-127, 127).to(torch.int8).view(-1, 8)
     scale = torch.full((len(gaussian),), 2.0**-5, **settings)
-    codes, _ = ops.quantize_rows(gaussian, codebook, scale)
+    codes, _ = quantizer_ops.quantize_rows(gaussian, codebook, scale)
     return codes.reshape(-1, Codebook(codebook).bytes_per_group)

@@ -22,13 +22,14 @@ CPP_SUFFIXES = {".cpp", ".h", ".cu", ".cuh"}
 ONLY_IMPORTED_BY = {
     "pvq_vllm._C": (
         "pvq_vllm/ops.py",
+        "pvq_vllm/quantizer_ops.py",
         "pvq_vllm/cuda_constants.py",
         "pvq_vllm/cuda_ops.py",
         "pvq_vllm/canonical_ops.py",
         "pvq_vllm/codec/serving.py",
     ),
     "pvq_vllm.cuda_constants": ("pvq_vllm/cuda_ops.py",),
-    "pvq_vllm.cuda_ops": ("pvq_vllm/ops.py", "pvq_vllm/canonical_ops.py"),
+    "pvq_vllm.cuda_ops": ("pvq_vllm/ops.py", "pvq_vllm/quantizer_ops.py", "pvq_vllm/canonical_ops.py"),
     "vllm": (
         "pvq_vllm/__init__.py",  # inside register()
         "pvq_vllm/config.py",
@@ -53,6 +54,7 @@ NEVER_IMPORTS = {
         "transformers",
         "pvq_vllm.arguments",
         "pvq_vllm.ops",
+        "pvq_vllm.quantizer_ops",
         "pvq_vllm.cuda_ops",
         "pvq_vllm.canonical_ops",
         "pvq_vllm.parameter",
@@ -60,10 +62,19 @@ NEVER_IMPORTS = {
         "pvq_vllm.linear",
     ),
     "pvq_vllm/ops.py": ("vllm", "transformers", "pvq_vllm.parameter", "pvq_vllm.config", "pvq_vllm.linear"),
+    "pvq_vllm/quantizer_ops.py": (
+        "vllm",
+        "transformers",
+        "pvq_vllm.ops",
+        "pvq_vllm.parameter",
+        "pvq_vllm.config",
+        "pvq_vllm.linear",
+    ),
     "pvq_vllm/cuda_ops.py": (
         "vllm",
         "transformers",
         "pvq_vllm.ops",
+        "pvq_vllm.quantizer_ops",
         "pvq_vllm.parameter",
         "pvq_vllm.config",
         "pvq_vllm.linear",
@@ -185,7 +196,13 @@ def test_codebooks_do_not_include_kernels():
     [
         (["pvq_vllm"], ["torch", "vllm", "transformers"]),
         (
-            ["pvq_vllm.ops", "pvq_vllm.canonical_ops", "pvq_vllm.codec.*", "offline_quant.*"],
+            [
+                "pvq_vllm.ops",
+                "pvq_vllm.quantizer_ops",
+                "pvq_vllm.canonical_ops",
+                "pvq_vllm.codec.*",
+                "offline_quant.*",
+            ],
             ["vllm", "server"],
         ),
     ],

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from pvq_vllm import ops
+from pvq_vllm import ops, quantizer_ops
 from pvq_vllm.codec import reference
 from pvq_vllm.codec.errors import PVQError
 from pvq_vllm.codec.rotation import Rotation, rotation_layout
@@ -66,8 +66,8 @@ def test_product_equals_the_reference(name, tokens):
     rotation = Rotation(3, 1152, blocks, factors)
     generator = torch.Generator().manual_seed(tokens)
     weight = rotation.rotate(torch.randn(50, 1152, generator=generator))
-    scale = ops.search_row_scale(weight, name)
-    codes, q = ops.quantize_rows(weight, name, scale)
+    scale = quantizer_ops.search_row_scale(weight, name)
+    codes, q = quantizer_ops.quantize_rows(weight, name, scale)
     for mode in ("pvq:8,36", "pvq:128,300"):
         plan = ops.make_plan(
             [(name, 50)], 1152, seed=3, rotation_blocks=blocks, factors=factors, activation=mode

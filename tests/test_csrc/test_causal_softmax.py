@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pvq_vllm.codec.errors import PVQError
-from pvq_vllm.ops import causal_softmax
+from pvq_vllm.quantizer_ops import causal_softmax
 
 
 @pytest.mark.parametrize("size", [1.0, 30.0])

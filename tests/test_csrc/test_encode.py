@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pvq_vllm import ops
+from pvq_vllm import quantizer_ops
 from pvq_vllm.codec.serving import SERVING, decode_groups, shapes
 
 NAMES = list(SERVING)
@@ -40,7 +40,7 @@ def test_search_finds_the_nearest_codeword(name):
         * SERVING[name].target_rms
     )
     scale = torch.ones(60)
-    _, q = ops.quantize_rows(groups, name, scale)
+    _, q = quantizer_ops.quantize_rows(groups, name, scale)
     found = ((groups - q - 0.5) ** 2).sum(dim=1)
     best = torch.cdist(groups.abs().double(), _all_magnitudes(name) + 0.5).amin(dim=1) ** 2
     assert torch.allclose(found.double(), best, rtol=1e-4)
@@ -51,7 +51,7 @@ def test_search_with_refinement_finds_the_nearest_codeword():
     book, table = SERVING["pvq4"], shapes("pvq4")
     generator = torch.Generator().manual_seed(0)
     groups = torch.randn(24, 8, generator=generator) * torch.linspace(0.3, 2.5, 24)[:, None] * book.target_rms
-    _, q = ops.quantize_rows(groups, "pvq4", torch.ones(24))
+    _, q = quantizer_ops.quantize_rows(groups, "pvq4", torch.ones(24))
     found = ((groups - q - 0.5) ** 2).sum(dim=1)
     for row, group in enumerate(groups.abs().double().numpy()):
         best = np.inf
@@ -65,17 +65,17 @@ def test_search_with_refinement_finds_the_nearest_codeword():
 @pytest.mark.parametrize("name", [*NAMES, "int8"])
 def test_codes_decode_to_q(name):
     weight = torch.randn(33, 96, generator=torch.Generator().manual_seed(1))
-    scale = ops.search_row_scale(weight, name)
-    codes, q = ops.quantize_rows(weight, name, scale)
-    assert torch.equal(ops.decode_codes(codes, name), q)
+    scale = quantizer_ops.search_row_scale(weight, name)
+    codes, q = quantizer_ops.quantize_rows(weight, name, scale)
+    assert torch.equal(quantizer_ops.decode_codes(codes, name), q)
     assert np.array_equal(decode_groups(codes.numpy(), name).reshape(33, 96), q.numpy())
 
 
 @pytest.mark.parametrize(("name", "decibels"), [("pvq2", 10.1), ("pvq3", 15.7), ("pvq4", 21.5)])
 def test_signal_to_noise_on_gaussian_weights(name, decibels):
     weight = torch.randn(128, 4096, generator=torch.Generator().manual_seed(0))
-    scale = ops.search_row_scale(weight, name)
-    _, q = ops.quantize_rows(weight, name, scale)
+    scale = quantizer_ops.search_row_scale(weight, name)
+    _, q = quantizer_ops.quantize_rows(weight, name, scale)
     error = weight - (q + 0.5) * scale[:, None]
     assert 10 * torch.log10(weight.square().sum() / error.square().sum()) >= decibels
 
@@ -86,19 +86,19 @@ def test_rows_of_zeros_and_outliers_have_valid_codes():
     weight[2, 0] = 1e4
     weight[3] = torch.randn(64) * 1e5
     for name in NAMES:
-        scale = ops.search_row_scale(weight, name)
+        scale = quantizer_ops.search_row_scale(weight, name)
         assert scale[0] == 0
-        codes, q = ops.quantize_rows(weight, name, scale)
-        assert torch.equal(ops.decode_codes(codes, name), q)
+        codes, q = quantizer_ops.quantize_rows(weight, name, scale)
+        assert torch.equal(quantizer_ops.decode_codes(codes, name), q)
 
 
 def test_instruction_sets_choose_the_same_codes():
     script = (
-        "import hashlib, torch; from pvq_vllm import ops; torch.manual_seed(0); w = torch.randn(50, 128);"
+        "import hashlib, torch; from pvq_vllm import quantizer_ops; torch.manual_seed(0); w = torch.randn(50, 128);"
         "h = hashlib.sha256()\n"
         "for name in ('pvq2', 'pvq3', 'pvq4', 'int8'):\n"
-        "    s = ops.search_row_scale(w, name); h.update(s.numpy().tobytes())\n"
-        "    for t in ops.quantize_rows(w, name, s): h.update(t.numpy().tobytes())\n"
+        "    s = quantizer_ops.search_row_scale(w, name); h.update(s.numpy().tobytes())\n"
+        "    for t in quantizer_ops.quantize_rows(w, name, s): h.update(t.numpy().tobytes())\n"
         "print(h.hexdigest())"
     )
     digests = set()

@@ -7,14 +7,14 @@ The set is chosen once a process, by PVQ_CPU_ISA; so the cases run in one subpro
 import pytest
 import torch
 
-from pvq_vllm import ops
+from pvq_vllm import ops, quantizer_ops
 from pvq_vllm.codec import reference
 from pvq_vllm.codec.errors import PVQError
 from pvq_vllm.codec.rotation import Rotation, rotation_layout
 
 CASES = """
 import itertools, sys, torch
-from pvq_vllm import ops
+from pvq_vllm import ops, quantizer_ops
 from pvq_vllm.codec import reference
 from pvq_vllm.codec.rotation import Rotation, rotation_layout
 print("isa", ops.cpu_isa())
@@ -30,8 +30,8 @@ for (name, mode), (width, blocks), rows in itertools.product(
         factors = []
     rotation = Rotation(7, width, blocks, factors)
     weight = rotation.rotate(torch.randn(rows, width))
-    scale = ops.search_row_scale(weight, name)
-    codes, q = ops.quantize_rows(weight, name, scale)
+    scale = quantizer_ops.search_row_scale(weight, name)
+    codes, q = quantizer_ops.quantize_rows(weight, name, scale)
     plan = ops.make_plan([(name, rows)], width, seed=7, rotation_blocks=blocks, factors=factors, activation=mode)
     packed = ops.pack_linear([codes], scale.half(), plan)
     for tokens, dtype in ((1, torch.bfloat16), (2, torch.float32), (5, torch.float16), (8, torch.bfloat16),
@@ -62,8 +62,8 @@ def _layer(segments, width, mode="a8", seed=3):
     codes, qs, scales, offsets = [], [], [], []
     for name, rows in segments:
         weight = rotation.rotate(torch.randn(rows, width, generator=generator))
-        scale = ops.search_row_scale(weight, name)
-        code, q = ops.quantize_rows(weight, name, scale)
+        scale = quantizer_ops.search_row_scale(weight, name)
+        code, q = quantizer_ops.quantize_rows(weight, name, scale)
         codes.append(code)
         qs.append(q)
         scales.append(scale)
@@ -114,8 +114,8 @@ def test_threads_do_not_change_a_bit():
 def test_columns_of_a_rank_use_their_part_of_the_signs():
     rotation = Rotation(3, 64, 1, [64], first_column=64)
     weight = rotation.rotate(torch.randn(16, 64))
-    scale = ops.search_row_scale(weight, "pvq4")
-    codes, q = ops.quantize_rows(weight, "pvq4", scale)
+    scale = quantizer_ops.search_row_scale(weight, "pvq4")
+    codes, q = quantizer_ops.quantize_rows(weight, "pvq4", scale)
     plan = ops.make_plan([("pvq4", 16)], 64, seed=3, first_column=64, rotation_blocks=1, factors=[64])
     packed = ops.pack_linear([codes], scale.half(), plan)
     x = torch.randn(2, 64)
@@ -159,8 +159,8 @@ def test_error_of_the_product_is_that_of_its_parts():
     errors = {}
     for mode in ("a8", "a16"):
         rotation = Rotation(0, 1024, 1, [1024])
-        scale = ops.search_row_scale(rotation.rotate(weight), "pvq4")
-        codes, _ = ops.quantize_rows(rotation.rotate(weight), "pvq4", scale)
+        scale = quantizer_ops.search_row_scale(rotation.rotate(weight), "pvq4")
+        codes, _ = quantizer_ops.quantize_rows(rotation.rotate(weight), "pvq4", scale)
         plan = ops.make_plan([("pvq4", 256)], 1024, rotation_blocks=1, factors=[1024], activation=mode)
         y = ops.linear(x, ops.pack_linear([codes], scale.half(), plan), None, 256, plan)
         errors[mode] = float((y - exact).norm() / exact.norm())
@@ -194,4 +194,4 @@ def test_a_code_out_of_range_is_refused_at_load():
     with pytest.raises(PVQError, match="row 21"):
         ops.pack_linear([codes], torch.ones(32).half(), plan)
     with pytest.raises(PVQError, match="row 21"):
-        ops.decode_codes(codes, "pvq4")
+        quantizer_ops.decode_codes(codes, "pvq4")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pvq_vllm import ops
+from pvq_vllm import quantizer_ops
 from pvq_vllm.codec.serving import SERVING
 
 NAMES = list(SERVING)
@@ -118,7 +118,7 @@ def search(targets: torch.Tensor, factor: torch.Tensor, name: str) -> torch.Tens
     inverse = torch.linalg.inv(factor)
     metrics = torch.stack([factor, inverse @ inverse.T])[None].float().contiguous()
     scale = torch.ones(len(targets))
-    _, q, _ = ops.feedback_block(
+    _, q, _ = quantizer_ops.feedback_block(
         targets.float().contiguous(), factor.float().contiguous(), metrics, name, scale
     )
     return q

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pvq_vllm import ops
+from pvq_vllm import quantizer_ops
 from pvq_vllm.codec.serving import SERVING, shapes
 
 NAMES = list(SERVING)
@@ -35,10 +35,10 @@ def metrics_of(factor: torch.Tensor) -> torch.Tensor:
 def search(targets: torch.Tensor, factor: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Choices for single groups, [rows, 8]: (q + 1/2, cost), both float64."""
     u = factor.float().contiguous()
-    codes, q, _ = ops.feedback_block(
+    codes, q, _ = quantizer_ops.feedback_block(
         targets.float().contiguous(), u, metrics_of(factor), name, torch.ones(len(targets))
     )
-    assert torch.equal(ops.decode_codes(codes, name), q)
+    assert torch.equal(quantizer_ops.decode_codes(codes, name), q)
     chosen = q.double() + 0.5
     return chosen, ((targets - chosen) @ torch.linalg.inv(factor)).square().sum(dim=1)
 
@@ -117,7 +117,7 @@ def test_search_is_nearly_always_the_optimum(name):
 def test_the_identity_metric_gives_the_nearest_codeword(name):
     targets = targets_of(name, 200, seed=3)
     _, cost = search(targets, torch.eye(8, dtype=torch.float64), name)
-    _, q = ops.quantize_rows(targets.float().contiguous(), name, torch.ones(200))
+    _, q = quantizer_ops.quantize_rows(targets.float().contiguous(), name, torch.ones(200))
     nearest = (targets - q.double() - 0.5).square().sum(dim=1)
     assert (cost >= nearest * (1 - 1e-5)).all()
     assert cost.sum() <= nearest.sum() * 1.002
@@ -127,7 +127,7 @@ def test_the_identity_metric_gives_the_nearest_codeword(name):
 def test_the_metric_choice_beats_the_euclidean_one(name):
     factor, targets = correlated_factor(8, 4, 10.0), targets_of(name, 300)
     _, cost = search(targets, factor, name)
-    _, q = ops.quantize_rows(targets.float().contiguous(), name, torch.ones(300))
+    _, q = quantizer_ops.quantize_rows(targets.float().contiguous(), name, torch.ones(300))
     euclidean = ((targets - q.double() - 0.5) @ torch.linalg.inv(factor)).square().sum(dim=1)
     assert (cost <= euclidean * (1 + 1e-5)).float().mean() >= 0.98
     assert cost.sum() < 0.9 * euclidean.sum()
@@ -141,7 +141,7 @@ def test_feedback_equals_the_loop_written_out(name):
     weight = torch.randn(19, columns, generator=torch.Generator().manual_seed(9))
     scale = torch.full((19,), 1 / 40 if name == "int8" else 1 / SERVING[name].target_rms)
     metrics = metrics_of(factor)
-    codes, q, error = ops.feedback_block(weight, factor.float().contiguous(), metrics, name, scale)
+    codes, q, error = quantizer_ops.feedback_block(weight, factor.float().contiguous(), metrics, name, scale)
     half = 0.0 if name == "int8" else 0.5
     w = weight.double()
     for g in range(0, columns, 8):
@@ -151,19 +151,19 @@ def test_feedback_equals_the_loop_written_out(name):
         e = (w[:, block] - (q[:, block] + half) * scale[:, None]) @ torch.linalg.inv(u)
         assert torch.allclose(error[:, block].double(), e, rtol=2e-3, atol=2e-3 * float(e.abs().max()))
         alone = w[:, block].float().contiguous()
-        _, expected, _ = ops.feedback_block(
+        _, expected, _ = quantizer_ops.feedback_block(
             alone, u.float().contiguous(), metrics[g // 8 : g // 8 + 1], name, scale
         )
         assert (expected == q[:, block]).float().mean() > 0.98
         w[:, rest] -= e @ factor[block, rest]
-    assert torch.equal(ops.decode_codes(codes, name), q)
+    assert torch.equal(quantizer_ops.decode_codes(codes, name), q)
 
 
 def test_int8_rounds_one_weight_after_the_other():
     """Which is feedback in groups of one: GPTQ."""
     factor = correlated_factor(24, 10)
     weight = torch.randn(31, 24, generator=torch.Generator().manual_seed(11))
-    _, q, _ = ops.feedback_block(
+    _, q, _ = quantizer_ops.feedback_block(
         weight, factor.float().contiguous(), metrics_of(factor), "int8", torch.full((31,), 0.02)
     )
     w, agreeing = weight.double(), 0
@@ -179,7 +179,9 @@ def descent_problem(name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     hessian = torch.linalg.inv(factor.T @ factor).contiguous()
     weight = torch.randn(37, columns, generator=torch.Generator().manual_seed(6))
     scale = torch.full((37,), 1 / 40 if name == "int8" else 1 / SERVING[name].target_rms)
-    codes, q, _ = ops.feedback_block(weight, factor.float().contiguous(), metrics_of(factor), name, scale)
+    codes, q, _ = quantizer_ops.feedback_block(
+        weight, factor.float().contiguous(), metrics_of(factor), name, scale
+    )
     return weight, scale, hessian, codes, q
 
 
@@ -201,14 +203,16 @@ def test_descent_lowers_the_loss_of_every_row_and_settles(name):
 
     def descend() -> None:
         gradient = ((weight - (q + half) * scale[:, None]).double() @ hessian).float()
-        ops.descend_block(weight, codes, q, gradient, hessian.float(), hessian_metrics(hessian), name, scale)
+        quantizer_ops.descend_block(
+            weight, codes, q, gradient, hessian.float(), hessian_metrics(hessian), name, scale
+        )
 
     losses = [loss()]
     for _ in range(20):
         descend()
         losses.append(loss())
         assert (losses[-1] <= losses[-2] * (1 + 1e-4)).all()
-        assert torch.equal(ops.decode_codes(codes, name), q)
+        assert torch.equal(quantizer_ops.decode_codes(codes, name), q)
     assert losses[-1].sum() < 0.97 * losses[0].sum()
     before = q.clone()
     descend()
@@ -221,9 +225,9 @@ def test_descent_changes_a_group_to_what_is_best_given_the_others():
     hessian = torch.linalg.inv(factor.T @ factor).contiguous()
     targets = targets_of("pvq4", 50)
     expected, _ = search(targets, factor, "pvq4")
-    codes, q = ops.quantize_rows(targets.float().contiguous(), "pvq4", torch.ones(50))
+    codes, q = quantizer_ops.quantize_rows(targets.float().contiguous(), "pvq4", torch.ones(50))
     gradient = ((targets - q - 0.5) @ hessian).float().contiguous()
-    ops.descend_block(
+    quantizer_ops.descend_block(
         targets.float().contiguous(),
         codes,
         q,
@@ -238,7 +242,7 @@ def test_descent_changes_a_group_to_what_is_best_given_the_others():
 
 HASH = """
 import hashlib, torch
-from pvq_vllm import ops
+from pvq_vllm import quantizer_ops
 torch.manual_seed(0)
 digest = hashlib.sha256()
 for name in ("pvq2", "pvq3", "pvq4", "int8"):
@@ -246,11 +250,11 @@ for name in ("pvq2", "pvq3", "pvq4", "int8"):
     u = factor.view(8, 8, 8, 8)[torch.arange(8), :, torch.arange(8), :]
     inverse = torch.linalg.inv(u)
     metrics = torch.stack([u, inverse @ inverse.mT], dim=1).contiguous()
-    scale = ops.search_row_scale(weight, name)
-    codes, q, error = ops.feedback_block(weight, factor, metrics, name, scale)
+    scale = quantizer_ops.search_row_scale(weight, name)
+    codes, q, error = quantizer_ops.feedback_block(weight, factor, metrics, name, scale)
     digest.update(codes.numpy().tobytes() + error.numpy().tobytes())
     gradient = torch.randn(45, 64)
-    ops.descend_block(weight, codes, q, gradient, factor @ factor.T, metrics, name, scale)
+    quantizer_ops.descend_block(weight, codes, q, gradient, factor @ factor.T, metrics, name, scale)
     digest.update(codes.numpy().tobytes())
 print(digest.hexdigest())
 """

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from pvq_vllm import _C, ops
+from pvq_vllm import _C, ops, quantizer_ops
 from pvq_vllm.codec.rotation import rotation_layout
 
 SEED = 5
@@ -30,8 +30,8 @@ def gpu_or_skip(request):
 def code_pool(codebook: str) -> torch.Tensor:
     """Codes of 4096 random groups, one a row."""
     weight = torch.randn(8, 4096, generator=torch.Generator().manual_seed(0))
-    scale = ops.search_row_scale(weight, codebook)
-    return ops.quantize_rows(weight, codebook, scale)[0].flatten(0, 1)
+    scale = quantizer_ops.search_row_scale(weight, codebook)
+    return quantizer_ops.quantize_rows(weight, codebook, scale)[0].flatten(0, 1)
 
 
 class Layer(NamedTuple):
@@ -75,7 +75,7 @@ def build_layer(
     on_gpu = ops.pack_linear([part.cuda() for part in codes], scale.cuda(), plan)
     q = torch.cat(
         [
-            part.view(torch.int8).flatten(1) if name == "int8" else ops.decode_codes(part, name)
+            part.view(torch.int8).flatten(1) if name == "int8" else quantizer_ops.decode_codes(part, name)
             for part, (name, _) in zip(codes, segments, strict=True)
         ]
     )

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from pvq_vllm import ops
+from pvq_vllm import ops, quantizer_ops
 from pvq_vllm.canonical_ops import decode_canonical, encode_canonical
 from pvq_vllm.codec.errors import PVQError
 
@@ -73,12 +73,12 @@ def test_wrong_shapes_and_places_are_named(kit):
 def test_quantized_rows_equal_those_of_the_cpu(name, rows, columns):
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)) * 0.02
     weight[0] = 0 if rows > 1 else weight[0]
-    scale = ops.search_row_scale(weight, name)
+    scale = quantizer_ops.search_row_scale(weight, name)
     if name != "int8":
-        errors = ops.search_row_scale(weight.cuda(), name)
+        errors = quantizer_ops.search_row_scale(weight.cuda(), name)
         assert (errors.cpu() == scale).float().mean() > 0.95  # a tie of two trials may fall either way
-    codes, q = ops.quantize_rows(weight, name, scale)
-    codes_on_gpu, q_on_gpu = ops.quantize_rows(weight.cuda(), name, scale.cuda())
+    codes, q = quantizer_ops.quantize_rows(weight, name, scale)
+    codes_on_gpu, q_on_gpu = quantizer_ops.quantize_rows(weight.cuda(), name, scale.cuda())
     assert torch.equal(q_on_gpu.cpu(), q) and torch.equal(codes_on_gpu.cpu(), codes)
 
 

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from pvq_vllm import _C, cuda_ops, ops
+from pvq_vllm import _C, cuda_ops, quantizer_ops
 from pvq_vllm.codec.serving import SERVING, codebook_id
 
 pytestmark = pytest.mark.cuda
@@ -82,8 +82,8 @@ def differences(got: torch.Tensor, expected: torch.Tensor) -> int:
 @pytest.mark.parametrize(("name", "case"), CASES)
 def test_nearest_codewords_are_the_cpus(name, case):
     weight, scale = cases(name)[case]
-    expected = ops.quantize_rows(weight, name, scale)
-    got = ops.quantize_rows(weight.cuda(), name, scale.cuda())
+    expected = quantizer_ops.quantize_rows(weight, name, scale)
+    got = quantizer_ops.quantize_rows(weight.cuda(), name, scale.cuda())
     assert [differences(a, b) for a, b in zip(got, expected, strict=True)] == [0, 0]
 
 
@@ -102,9 +102,9 @@ def metric_arguments(columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 def test_feedback_is_the_cpus(name, case):
     weight, scale = cases(name)[case]
     factor, _, metrics = metric_arguments(weight.shape[1])
-    expected = ops.feedback_block(weight, factor, metrics, name, scale)
+    expected = quantizer_ops.feedback_block(weight, factor, metrics, name, scale)
     on_gpu = weight.cuda()
-    got = ops.feedback_block(on_gpu, factor.cuda(), metrics.cuda(), name, scale.cuda())
+    got = quantizer_ops.feedback_block(on_gpu, factor.cuda(), metrics.cuda(), name, scale.cuda())
     assert [differences(a, b) for a, b in zip(got, expected, strict=True)] == [0, 0, 0]
     assert differences(on_gpu, weight) == 0  # not modified
 
@@ -113,16 +113,16 @@ def test_feedback_is_the_cpus(name, case):
 def test_descent_is_the_cpus(name, case):
     weight, scale = cases(name)[case]
     _, hessian, metrics = metric_arguments(weight.shape[1])
-    codes, q = ops.quantize_rows(weight, name, scale)
+    codes, q = quantizer_ops.quantize_rows(weight, name, scale)
     noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
     gradient = 20 * noise * scale[:, None]  # large enough to move codes of every codebook
     on_gpu = [tensor.cuda() for tensor in (codes, q)]
     others = (hessian, metrics)
-    ops.descend_block(
+    quantizer_ops.descend_block(
         weight.cuda(), *on_gpu, gradient.cuda(), *(t.cuda() for t in others), name, scale.cuda()
     )
     before = q.clone()
-    ops.descend_block(weight, codes, q, gradient, *others, name, scale)
+    quantizer_ops.descend_block(weight, codes, q, gradient, *others, name, scale)
     assert [differences(a, b) for a, b in zip(on_gpu, (codes, q), strict=True)] == [0, 0]
     if case == "gaussian":
         assert not torch.equal(q, before)
@@ -145,7 +145,7 @@ def test_encoding_error_is_the_cpus(name, case, stride):
 def test_no_rows_and_no_columns(name):
     for rows, columns in ((0, 64), (3, 0)):
         weight, scale = torch.zeros(rows, columns).cuda(), torch.ones(rows).cuda()
-        codes, q = ops.quantize_rows(weight, name, scale)
+        codes, q = quantizer_ops.quantize_rows(weight, name, scale)
         assert codes.shape[:2] == (rows, columns // 8) and q.shape == (rows, columns)
 
 
@@ -157,8 +157,8 @@ def test_a_million_groups(name):
         if name == "int8"
         else torch.full((2048,), 1 / SERVING[name].target_rms)
     )
-    expected = ops.quantize_rows(weight, name, scale)
-    got = ops.quantize_rows(weight.cuda(), name, scale.cuda())
+    expected = quantizer_ops.quantize_rows(weight, name, scale)
+    got = quantizer_ops.quantize_rows(weight.cuda(), name, scale.cuda())
     assert [differences(a, b) for a, b in zip(got, expected, strict=True)] == [0, 0]
 
 
@@ -169,13 +169,13 @@ def test_feedback_and_descent_on_a_hundred_thousand_groups(name):
     rms = 40.0 if name == "int8" else SERVING[name].target_rms
     scale = torch.full((rows,), 1 / rms)
     factor, hessian, metrics = metric_arguments(columns)
-    expected = ops.feedback_block(weight, factor, metrics, name, scale)
+    expected = quantizer_ops.feedback_block(weight, factor, metrics, name, scale)
     arguments = [tensor.cuda() for tensor in (weight, factor, metrics)]
-    got = ops.feedback_block(*arguments, name, scale.cuda())
+    got = quantizer_ops.feedback_block(*arguments, name, scale.cuda())
     assert [differences(a, b) for a, b in zip(got, expected, strict=True)] == [0, 0, 0]
     half = 0.0 if name == "int8" else 0.5
     gradient = (weight - (expected[1] + half) * scale[:, None]) @ hessian
     rest = [tensor.cuda() for tensor in (gradient, hessian, metrics)]
-    ops.descend_block(arguments[0], *got[:2], *rest, name, scale.cuda())
-    ops.descend_block(weight, *expected[:2], gradient, hessian, metrics, name, scale)
+    quantizer_ops.descend_block(arguments[0], *got[:2], *rest, name, scale.cuda())
+    quantizer_ops.descend_block(weight, *expected[:2], gradient, hessian, metrics, name, scale)
     assert [differences(a, b) for a, b in zip(got[:2], expected[:2], strict=True)] == [0, 0]

@@ -8,7 +8,7 @@ from offline_quant import error_feedback, weight_quantizer
 from offline_quant.error_feedback import descend, feedback, fit_scale
 from offline_quant.hessian import HessianSum, RotatedHessian, inverse_factor, rotate_hessian
 from offline_quant.weight_quantizer import dequantize_weight, quantize_weight, stored_weight_snr
-from pvq_vllm import ops
+from pvq_vllm import quantizer_ops
 from pvq_vllm.codec.errors import PVQError
 from pvq_vllm.codec.format import Codebook, expected_tensors
 from pvq_vllm.codec.rotation import Rotation, rotation_layout
@@ -120,7 +120,7 @@ def test_feedback_follows_its_definition_group_by_group(name):
     hessian = prepared(width)
     scale = torch.full((rows,), 0.03)
     codes, q = feedback(weight, hessian, name, scale)
-    assert torch.equal(ops.decode_codes(codes, name), q)
+    assert torch.equal(quantizer_ops.decode_codes(codes, name), q)
 
     work, u = weight.double(), hessian.factor.double()
     half = 0.0 if name == "int8" else 0.5
@@ -131,7 +131,9 @@ def test_feedback_follows_its_definition_group_by_group(name):
             u[group, group].float().contiguous(),
             hessian.feedback_metrics[start // 8 : start // 8 + 1],
         )
-        _, expected, _ = ops.feedback_block(work[:, group].float().contiguous(), own, metrics, name, scale)
+        _, expected, _ = quantizer_ops.feedback_block(
+            work[:, group].float().contiguous(), own, metrics, name, scale
+        )
         agreeing += (expected == q[:, group]).all(dim=1).sum().item()
         # go on from the module's own choice, so that a tie decided otherwise does not spoil what follows
         error = work[:, group] - (q[:, group].double() + half) * 0.03
@@ -157,7 +159,7 @@ def test_feedback_on_two_groups_equals_the_closed_form():
         off = target - (q.double() + 0.5) * 0.03
         return (off @ damped[8:, 8:] * off).sum(dim=1)
 
-    _, nearest = ops.quantize_rows(target.float().contiguous(), "pvq4", scale)
+    _, nearest = quantizer_ops.quantize_rows(target.float().contiguous(), "pvq4", scale)
     assert (cost(q[:, 8:]) <= cost(nearest) * (1 + 1e-4)).float().mean() >= 0.96
     assert cost(q[:, 8:]).sum() < 0.9 * cost(nearest).sum()
 
@@ -181,7 +183,7 @@ def test_descent_lowers_the_loss_of_every_row(name):
         losses.append(loss())
         assert (losses[-1] <= losses[-2] * (1 + 1e-4)).all()
     assert losses[1].sum() < 0.99 * losses[0].sum()
-    assert torch.equal(ops.decode_codes(codes, name), q)
+    assert torch.equal(quantizer_ops.decode_codes(codes, name), q)
 
 
 def test_the_fitted_scale_is_the_best_of_all():

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pvq_vllm import ops
+from pvq_vllm import quantizer_ops
 from pvq_vllm.codec.format import CheckpointConfig, Codebook, ModuleSpec
 from pvq_vllm.codec.rotation import Rotation, rotation_layout
 
@@ -52,9 +52,9 @@ def encode(weight: torch.Tensor, codebook: Codebook) -> dict[str, torch.Tensor]:
         sizes = (codebook.group_size, codebook.num_pulses, codebook.amplitude_bits)
         packed, levels, scale = encode_canonical(weight, *sizes)
         return {"weight_packed": packed, "weight_levels": levels, "weight_scale": scale}
-    scale = ops.search_row_scale(weight, codebook.name)
+    scale = quantizer_ops.search_row_scale(weight, codebook.name)
     return {
-        "weight_packed": ops.quantize_rows(weight, codebook.name, scale)[0],
+        "weight_packed": quantizer_ops.quantize_rows(weight, codebook.name, scale)[0],
         "weight_scale": scale.half(),
     }
 

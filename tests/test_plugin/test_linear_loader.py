@@ -15,7 +15,7 @@ pytest.importorskip("vllm")
 from vllm.model_executor.layers import linear as vllm_linear
 from vllm.model_executor.layers import vocab_parallel_embedding as vllm_vocabulary
 
-from pvq_vllm import _C, cuda_ops, ops
+from pvq_vllm import _C, cuda_ops, ops, quantizer_ops
 from pvq_vllm.canonical_ops import decode_canonical, encode_canonical
 from pvq_vllm.codec import reference
 from pvq_vllm.codec.errors import PVQError
@@ -230,8 +230,8 @@ def test_unusable_scale_is_refused(replicated, value):
 def valid_tensors(codebook: str, rows: int, columns: int = HIDDEN) -> dict[str, torch.Tensor]:
     """Return weight_packed and weight_scale of random weights, rotated or not: any codes will do."""
     weight = torch.randn(rows, columns)
-    scale = ops.search_row_scale(weight, codebook)
-    packed = ops.quantize_rows(weight, codebook, scale)[0]
+    scale = quantizer_ops.search_row_scale(weight, codebook)
+    packed = quantizer_ops.quantize_rows(weight, codebook, scale)[0]
     return {"weight_packed": packed, "weight_scale": scale.half()}
 
 
@@ -268,7 +268,7 @@ def test_ranks_of_a_column_split_compute_the_columns_of_one(ranks):
 @pytest.mark.parametrize("activation", ["a8", "pvq:32,105"])
 def test_ranks_of_a_row_split_compute_the_reference_of_their_columns(ranks, activation):
     tensors = valid_tensors("pvq3", 40)
-    q = ops.decode_codes(tensors["weight_packed"], "pvq3")
+    q = quantizer_ops.decode_codes(tensors["weight_packed"], "pvq3")
     x = torch.randn(5, HIDDEN)
     for rank in range(2):
         ranks(rank, 2)

@@ -23,14 +23,14 @@ def load_layers_and_measure(path: str) -> None:
     or "hf"."""
     import torch
 
-    from pvq_vllm import ops
+    from pvq_vllm import quantizer_ops
     from pvq_vllm.codec.format import CheckpointConfig, Codebook, ModuleSpec
 
     checkpoint = CheckpointConfig(
         "a8", Codebook("pvq4"), 0, {SIZE: [SIZE]}, {"layer": ModuleSpec(Codebook("pvq4"), 1)}
     )
     pattern = torch.randn(64, 8 * 64)
-    codes, _ = ops.quantize_rows(pattern, "pvq4", ops.search_row_scale(pattern, "pvq4"))
+    codes, _ = quantizer_ops.quantize_rows(pattern, "pvq4", quantizer_ops.search_row_scale(pattern, "pvq4"))
     packed = codes.flatten(0, 1).repeat(SIZE * SIZE // 8 // 4096, 1).view(SIZE, SIZE // 8, 4)
     scale = torch.full((SIZE,), 1e-3).half()
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from pvq_vllm import _C, ops
+from pvq_vllm import _C, ops, quantizer_ops
 from pvq_vllm.codec.errors import PVQError
 from pvq_vllm.codec.rotation import rotation_layout
 
@@ -33,8 +33,8 @@ def layer() -> Layer:
     weight = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(0))
     codes, scales = [], []
     for part, (name, _) in zip(weight.split(24), segments, strict=True):
-        scales.append(ops.search_row_scale(part, name))
-        codes.append(ops.quantize_rows(part, name, scales[-1])[0])
+        scales.append(quantizer_ops.search_row_scale(part, name))
+        codes.append(quantizer_ops.quantize_rows(part, name, scales[-1])[0])
     plan = ops.make_plan(segments, COLUMNS, seed=1, rotation_blocks=blocks, factors=factors)
     return Layer(ops.pack_linear(codes, torch.cat(scales).half(), plan), plan)
 
