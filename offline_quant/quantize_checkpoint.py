@@ -82,7 +82,9 @@ def quantize_checkpoint(
     if settings.calibration == SELF and not resume:
         check_sampling_memory(source, settings.device)
     if settings.tune_epochs and not resume:
-        check_tuning_memory(source, settings.device, settings.calibration_length)
+        check_tuning_memory(
+            source, settings.device, settings.calibration_sequences, settings.calibration_length
+        )
     config = plan_checkpoint(source, settings)
     weights = {name: math.prod(source.weight_shape(name)) for name in config.modules}
     candidates = {}

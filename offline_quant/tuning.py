@@ -7,12 +7,14 @@ of a norm, started at 1. They minimize the KL divergence KL(base || quantized) o
 do not change, nor the size or the speed of the checkpoint. (Tuning what is left after quantization: QuIP#, Tseng et al.
 2024; step sizes alone, EfficientQAT, Chen et al. 2024.)
 
-This is the one step that holds two whole models, the base and the quantized one.
+The quantized model is in memory as a whole. The base passes the data once, a layer at a time, and from then on only its last
+hidden states and its head are needed.
 """
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import torch
 from torch import nn
@@ -20,18 +22,21 @@ from torch import nn
 from pvq_vllm.codec.errors import PVQError
 from pvq_vllm.codec.format import CheckpointConfig
 
-from .calibration import forward_dtype
+from .attention import FastAttention
+from .calibration import LayerwiseForward, forward_dtype
 from .device import deterministic
 from .memory import check_memory
 from .model_source import ModelSource
-from .norms import norm_offset
+from .norms import CACHED, fast_norms, norm_offset
 
 LEARNING_RATE = 2e-3
 STEP_TOKENS = 4096
-LOGIT_ROWS = 512  # positions whose probabilities are in memory in float32
+LOGIT_ROWS = 512  # positions whose probabilities are in memory in float32; a CPU's cache wants fewer
 OUTPUT_BYTES = 8  # kept of each output of a linear layer for the backward pass, and
 STREAM_BYTES = 40  # of each column of the residual stream, in every layer
 LOGIT_BYTES = 12
+
+Tell = Callable[[str], None]  # what is going on
 
 
 def tuned_tensors(
@@ -42,7 +47,7 @@ def tuned_tensors(
     epochs: int,
     seed: int,
     device: str,
-    progress: Callable[[str], None] = lambda description: None,
+    progress: Tell = lambda description: None,
 ) -> dict[str, torch.Tensor]:
     """Return new values of row scales ("NAME.weight_scale", float16) and norms (in their dtype), by tensor.
 
@@ -51,11 +56,12 @@ def tuned_tensors(
         restore: gives a module's dequantized weight and its row scale, float16 [out_features].
         tokens: int64 [sequences, length], the calibration data; ``epochs`` times through, in an order by ``seed``.
     Raises:
-        PVQError: two models do not fit into the free memory, or a gradient is not finite.
+        PVQError: the model does not fit into the free memory, or a gradient is not finite.
     """
-    check_tuning_memory(source, device, tokens.shape[1])
+    check_tuning_memory(source, device, *tokens.shape)
+    base = Base(source, tokens, device, progress)
     dtype = forward_dtype(device)
-    base, model = (_whole_model(source, dtype, device) for _ in range(2))
+    model = _whole_model(source, dtype, device)
     factors: dict[str, nn.Parameter] = {}
     scales: dict[str, torch.Tensor] = {}
     offsets: dict[str, float] = {}
@@ -69,7 +75,13 @@ def tuned_tensors(
             if offset is not None:
                 offsets[name] = offset
                 factors[name] = _multiply_rows(module)
-    _minimize(base, model, list(factors.values()), tokens, epochs, seed, device, progress)
+    with ExitStack() as stack:
+        stack.enter_context(base.head_loaded())
+        stack.enter_context(deterministic(device))
+        if device == "cpu":
+            stack.enter_context(fast_norms(model))
+            stack.enter_context(FastAttention())
+        _minimize(base, model, list(factors.values()), tokens, epochs, seed, progress)
     if not all(factor.isfinite().all() for factor in factors.values()):
         raise PVQError("the gradients of the calibration data overflow while tuning: leave out --tune-epochs")
     result = {}
@@ -84,11 +96,15 @@ def tuned_tensors(
     return result
 
 
-def check_tuning_memory(source: ModelSource, device: str, length: int) -> None:
-    """Raise PVQError unless two models and the backward pass of a sequence of ``length`` tokens fit into the free
-    memory of ``device``.
+def check_tuning_memory(source: ModelSource, device: str, sequences: int, length: int) -> None:
+    """Raise PVQError unless the model, the embedding and head of the base, its last hidden states for ``sequences`` of
+    ``length`` tokens, and the backward pass of one of them fit into the free memory of ``device``.
     """
     vocabulary, width = source.weight_shape(source.embedding_name)
+    itemsize = forward_dtype(device).itemsize
+    beside = 2 * vocabulary * width * itemsize
+    if device == "cpu":
+        beside += sequences * length * width * itemsize
     outputs = sum(
         source.weight_shape(name)[0]
         for layer in range(len(source.layers))
@@ -100,11 +116,29 @@ def check_tuning_memory(source: ModelSource, device: str, length: int) -> None:
     check_memory(
         source,
         device,
-        2,
-        token_bytes * length,
+        1,
+        token_bytes * length + beside,
         "--tune-epochs",
         "leave it out, or calibrate on shorter sequences",
     )
+
+
+class Base:
+    """The logits of the unquantized model, from its last hidden states, which are kept in the host's memory."""
+
+    def __init__(self, source: ModelSource, tokens: torch.Tensor, device: str, progress: Tell) -> None:
+        self._forward = LayerwiseForward(source, tokens, device=device)
+        for layer in range(len(source.layers)):
+            with self._forward.loaded(layer):
+                self._forward.advance(layer)
+            progress(f"tuning: the base, layer {layer + 1} of {len(source.layers)}")
+        self._hidden = [one.cpu() for hidden in self._forward.hidden for one in hidden.split(1)]
+        self._forward.hidden.clear()
+        self.head_loaded = self._forward.head_loaded
+
+    def logits(self, sequence: int) -> torch.Tensor:
+        """Return [length, vocabulary]; needs ``head_loaded``."""
+        return self._forward.logits(self._hidden[sequence].to(self._forward.device))[0].detach()
 
 
 def _whole_model(source: ModelSource, dtype: torch.dtype, device: str) -> nn.Module:
@@ -127,24 +161,59 @@ def _multiply_rows(module: nn.Module) -> nn.Parameter:
     logarithm = nn.Parameter(torch.zeros(size, dtype=torch.float32, device=module.weight.device))
 
     def hook(module: nn.Module, _inputs: tuple, output: torch.Tensor) -> torch.Tensor:
-        bias = getattr(module, "bias", None)
-        if bias is None:
-            return (output.float() * logarithm.exp()).to(output.dtype)
-        return ((output.float() - bias) * logarithm.exp() + bias).to(output.dtype)
+        return ScaledRows.apply(output, logarithm, getattr(module, "bias", None))
 
     module.register_forward_hook(hook)
     return logarithm
 
 
+class ScaledRows(torch.autograd.Function):
+    """(x - bias) * exp(logarithm) + bias for the last dimension of x, in float32 and rounded once. x and ``logarithm``, float32,
+    get gradients. On a CPU a few rows at a time, which a core's cache holds.
+    """
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, logarithm: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        factor = logarithm.exp()
+        result = x.new_empty(x.shape)  # contiguous, so that its rows are views
+        for part, out in _rows(x, result):
+            wide = part.to(torch.float32, copy=True)
+            if bias is not None:
+                wide -= bias
+            wide *= factor
+            if bias is not None:
+                wide += bias
+            out.copy_(wide)
+        ctx.save_for_backward(result, factor, bias)
+        return result
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        result, factor, bias = ctx.saved_tensors
+        total = torch.zeros_like(factor)
+        back = gradient.new_empty(gradient.shape)
+        for part, given, out in _rows(result, gradient, back):
+            given = given.float()
+            total += torch.einsum("tr,tr->r", given, part.float() if bias is None else part.float() - bias)
+            out.copy_(given * factor)
+        return back, total, None
+
+
+def _rows(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Cut tensors of one shape, [..., n], into rows; views where they are contiguous."""
+    flat = [tensor.flatten(0, -2) for tensor in tensors]
+    count = len(flat[0]) if flat[0].is_cuda else max(1, CACHED // flat[0].shape[1])
+    return zip(*(tensor.split(count) for tensor in flat), strict=True)
+
+
 def _minimize(
-    base: nn.Module,
+    base: Base,
     model: nn.Module,
     parameters: list[nn.Parameter],
     tokens: torch.Tensor,
     epochs: int,
     seed: int,
-    device: str,
-    progress: Callable[[str], None],
+    progress: Tell,
 ) -> None:
     """Train ``parameters`` of ``model`` by Adam, the rate warmed up and then falling to zero by a cosine."""
     count, length = tokens.shape
@@ -156,33 +225,36 @@ def _minimize(
         optimizer,
         lambda step: min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps)),
     )
-    with deterministic(device):
-        for epoch in range(epochs):
-            order = torch.randperm(count, generator=torch.Generator().manual_seed((seed + epoch) % 2**63))
-            total = 0.0
-            for chosen in order.split(batch):
-                for sequence in tokens[chosen].to(device).split(1):
-                    total += _backward(base, model, sequence, len(chosen) * length)
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
-            progress(f"tuning, pass {epoch + 1} of {epochs}: KL {total / tokens.numel():.4f}")
+    for epoch in range(epochs):
+        order = torch.randperm(count, generator=torch.Generator().manual_seed((seed + epoch) % 2**63))
+        total = 0.0
+        for chosen in order.split(batch):
+            for index in chosen.tolist():
+                ids = tokens[index][None].to(parameters[0].device)
+                total += _backward(model, ids, base.logits(index), len(chosen) * length)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        progress(f"tuning, pass {epoch + 1} of {epochs}: KL {total / tokens.numel():.4f}")
 
 
-def _backward(base: nn.Module, model: nn.Module, ids: torch.Tensor, divisor: int) -> float:
+def _backward(model: nn.Module, ids: torch.Tensor, expected: torch.Tensor, divisor: int) -> float:
     """Add the gradient of the sum of KL(base || model) over all positions, over ``divisor``; return the sum.
 
     The gradient at the logits is softmax(model) - softmax(base), so that no graph of the probabilities is kept.
+
+    Args:
+        ids: int64 [1, length]; expected: the base's logits, [length, vocabulary].
     """
-    with torch.no_grad():
-        expected = base(input_ids=ids, use_cache=False).logits[0]
     logits = model(input_ids=ids, use_cache=False).logits[0]
     gradient, total = torch.empty_like(logits), 0.0
-    for start in range(0, len(logits), LOGIT_ROWS):
-        rows = slice(start, start + LOGIT_ROWS)
+    count = LOGIT_ROWS if logits.is_cuda else max(1, 4 * CACHED // logits.shape[1])
+    for start in range(0, len(logits), count):
+        rows = slice(start, start + count)
         log_p, log_r = (x[rows].detach().float().log_softmax(-1) for x in (logits, expected))
         r = log_r.exp()
-        total += (r * (log_r - log_p)).sum(dtype=torch.float64).item()
-        gradient[rows] = (log_p.exp() - r) / divisor
+        log_r -= log_p
+        total += log_r.flatten().dot(r.flatten()).item()
+        gradient[rows] = log_p.exp_().sub_(r).div_(divisor)
     logits.backward(gradient)
     return total

@@ -101,14 +101,16 @@ def test_the_report_tells_the_error_of_the_tuned_scales(tiny_llama, tmp_path):
 
 
 def test_gradient_is_that_of_the_divergence(tiny_llama, monkeypatch):
-    monkeypatch.setattr(tuning, "LOGIT_ROWS", 7)
-    base = tuning._whole_model(ModelSource.open(tiny_llama), torch.float32, "cpu")
+    monkeypatch.setattr(tuning, "CACHED", 7 * 16)
+    base = load_model(tiny_llama, torch.float32)
     model = tuning._whole_model(ModelSource.open(tiny_llama), torch.float32, "cpu")
     linear = model.model.layers[0].mlp.up_proj
     linear.weight.data = linear.weight.data.round(decimals=1)
     factor = tuning._multiply_rows(linear)
     ids = torch.arange(20)[None]
-    total = tuning._backward(base, model, ids, 10)
+    with torch.no_grad():
+        given = base(input_ids=ids).logits[0]
+    total = tuning._backward(model, ids, given, 10)
     log_r, log_p = (one(input_ids=ids).logits[0].log_softmax(-1) for one in (base, model))
     expected = (log_r.exp() * (log_r - log_p)).sum()
     assert total == pytest.approx(expected.item(), rel=1e-4)
@@ -167,6 +169,24 @@ def test_what_cannot_be_tuned_is_refused(tiny_llama, tmp_path, monkeypatch):
     with pytest.raises(PVQError, match="--tune-epochs needs data"):
         Settings(tune_epochs=1)
     monkeypatch.setattr(memory, "free_memory", lambda device: 100)
-    with pytest.raises(PVQError, match="--tune-epochs needs 2 whole models in memory"):
+    with pytest.raises(PVQError, match="--tune-epochs needs the whole model in memory"):
         quantize_checkpoint(tiny_llama, tmp_path / "out", settings(tune_epochs=1))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_scaled_rows_have_the_gradients_of_autograd(monkeypatch, has_bias):
+    monkeypatch.setattr(tuning, "CACHED", 3 * 8)  # three rows at a time
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 8, 5, generator=generator).mT.requires_grad_()  # not contiguous
+    logarithm = torch.randn(8, generator=generator, requires_grad=True)
+    bias = torch.randn(8, generator=generator) if has_bias else None
+    given = torch.randn(2, 5, 8, generator=generator)
+    shift = bias if has_bias else 0
+    expected = (x - shift) * logarithm.exp() + shift
+    found = tuning.ScaledRows.apply(x, logarithm, bias)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # in float32
+    wanted = torch.autograd.grad(expected, (x, logarithm), given)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, (x, logarithm), given), wanted, rtol=1e-5, atol=1e-5
+    )
