@@ -104,8 +104,8 @@ def quantize(
     tune_epochs: Annotated[
         int,
         typer.Option(
-            help="Passes over the calibration data that tune row scales and norms together, at the end; holds the base "
-            "and the quantized model in memory. 10 is enough."
+            help="Passes over the calibration data that tune row scales and norms together, at the end; holds the "
+            "model in memory. 10 is enough."
         ),
     ] = 0,
     rotation: Annotated[
