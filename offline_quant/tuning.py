@@ -193,9 +193,10 @@ class ScaledRows(torch.autograd.Function):
         total = torch.zeros_like(factor)
         back = gradient.new_empty(gradient.shape)
         for part, given, out in _rows(result, gradient, back):
-            given = given.float()
-            total += torch.einsum("tr,tr->r", given, part.float() if bias is None else part.float() - bias)
-            out.copy_(given * factor)
+            wide = given.to(torch.float32, copy=True)
+            out.copy_(wide * factor)
+            wide *= part if bias is None else part.float() - bias
+            total += wide.sum(dim=0)
         return back, total, None
 
 
