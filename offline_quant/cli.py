@@ -5,6 +5,7 @@ out.
 
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -162,6 +163,7 @@ def quantize(
     from .quantize_checkpoint import quantize_checkpoint
 
     _use_threads(threads)
+    places = model.absolute(), out.absolute()  # what a relative path starts from may be moved away meanwhile
     if target_bpw is not None and (bits is not None or codebook != "serving"):
         given = "--bits" if bits is not None else "--codebook canonical"
         raise PVQError(
@@ -246,23 +248,28 @@ def quantize(
             "--calibration-sequences 128 --calibration-length 2048 fits the codes to them less"
         )
     if evaluate is not False:
-        _measure_new(model, out, settings.device, threads, is_wanted=evaluate is True)
+        _measure_new(*places, settings.device, threads, is_wanted=evaluate is True)
 
 
 def _measure_new(model: Path, out: Path, device: str, threads: int | None, is_wanted: bool) -> None:
-    """Measure a new checkpoint, for its card; where nobody asked for that, only if it can be done."""
-    from .memory import check_memory
+    """Measure a new checkpoint, for its card. Where nobody asked for that, whatever prevents it is only told."""
+    from .evaluate import check_evaluation_memory, longest_sequence
     from .model_source import ModelSource
 
-    later = "`pvq eval OUT --reference MODEL --update-card` measures it later"
+    console = Console(stderr=True)
+    console.print(f"measuring {out} against {model} (--no-evaluate leaves this out)")
+    later = f"pvq eval {shlex.quote(str(out))} --reference {shlex.quote(str(model))} --update-card"
     try:
+        source = ModelSource.open(model)
         if not is_wanted:
-            check_memory(ModelSource.open(model), device, 2, 0, "measuring", later)
-        eval_(out, reference=model, update_card=True, device=device, threads=threads)
-    except PVQError as error:
+            check_evaluation_memory(source, device, "a machine with more can do it")
+        length = longest_sequence(source)
+        eval_(out, reference=model, length=length, update_card=True, device=device, threads=threads)
+    except Exception as error:
         if is_wanted:
             raise
-        Console(stderr=True).print(f"not measured: {error}")
+        said = str(error) if isinstance(error, PVQError) else f"{type(error).__name__}: {error}"
+        console.print(f"not measured: {said}\n{out} is complete; to measure it later: {later}", highlight=False)
 
 
 def inspect(

@@ -23,7 +23,11 @@ from pvq_vllm.codec.format import check_checkpoint, read_json
 
 from .calibration import forward_dtype
 from .calibration_data import tokenize
+from .memory import check_memory
 from .model_source import ModelSource
+
+SEQUENCES, LENGTH = 10, 1024  # that are measured on
+COMPARED = 128  # positions at a time: a vocabulary of 150,000 in float32 for all of them would be 600 MB
 
 # 97.5% quantiles of Student's t for 1 ... 30 degrees of freedom.
 STUDENT_T = (
@@ -70,10 +74,8 @@ def compare_logits(
             )
     sums = dict.fromkeys(("kl_divergence", "top1_agreement", "loss", "loss_reference"), 0.0)
     length = len(token_ids)
-    for start in range(
-        0, length, 128
-    ):  # a vocabulary of 150,000 in float32 for all positions would be 600 MB
-        rows = slice(start, min(start + 128, length))
+    for start in range(0, length, COMPARED):
+        rows = slice(start, min(start + COMPARED, length))
         log_p, log_r = logits[rows].float().log_softmax(-1), reference[rows].float().log_softmax(-1)
         sums["kl_divergence"] += (log_r.exp() * (log_r - log_p)).sum(dtype=torch.float64).item()
         sums["top1_agreement"] += (log_p.argmax(-1) == log_r.argmax(-1)).sum().item()
@@ -82,6 +84,25 @@ def compare_logits(
         sums["loss_reference"] -= log_r[: len(following)].gather(1, following).sum(dtype=torch.float64).item()
     predicted = {"loss": length - 1, "loss_reference": length - 1}
     return {key: value / predicted.get(key, length) for key, value in sums.items()}
+
+
+def check_evaluation_memory(source: ModelSource, device: str, instead: str) -> None:
+    """Raise PVQError unless two such models and the logits of a sequence of both fit into the free memory of ``device``.
+
+    Args:
+        instead: the way out, for the sentence.
+    """
+    if device == "cuda":
+        torch.cuda.empty_cache()  # what a run before has given back counts as used until then
+    vocabulary = source.weight_shape(source.embedding_name)[0]
+    logits = vocabulary * (2 * forward_dtype(device).itemsize * LENGTH + 6 * 4 * COMPARED)
+    check_memory(source, device, 2, logits, "measuring", instead)
+
+
+def longest_sequence(source: ModelSource) -> int:
+    """Return how many tokens of a sequence to measure on: as many as the model has positions for, at most ``LENGTH``."""
+    positions = getattr(source.skeleton.config.get_text_config(), "max_position_embeddings", None)
+    return min(LENGTH, positions) if isinstance(positions, int) and positions > 1 else LENGTH
 
 
 def load_model(folder: str | os.PathLike, dtype: torch.dtype, device: str = "cpu") -> torch.nn.Module:
@@ -113,8 +134,8 @@ def evaluate(
     model: str | os.PathLike,
     reference: str | os.PathLike,
     text_file: str | os.PathLike,
-    sequences: int = 10,
-    length: int = 1024,
+    sequences: int = SEQUENCES,
+    length: int = LENGTH,
     dtype: torch.dtype | None = None,
     progress: Callable[[int], None] = lambda done: None,
     device: str = "cpu",
@@ -138,6 +159,15 @@ def evaluate(
         )
     dtype = dtype or forward_dtype(device)
     models = [load_model(folder, dtype, device) for folder in (model, reference)]
+    vocabulary = models[1].get_input_embeddings().weight.shape[0]
+    if ids[: sequences * length].max() >= vocabulary:
+        raise PVQError(
+            f"{reference}: its tokenizer has more tokens than its embedding has rows ({vocabulary:,}): copy both anew from "
+            "one model"
+        )
+    positions = getattr(models[1].config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(positions, int) and length > positions:
+        raise PVQError(f"--length is {length}, but {reference} has {positions} positions: lower it")
     samples = []
     with torch.inference_mode():
         for index, sequence in enumerate(ids[: sequences * length].to(device).split(length)):

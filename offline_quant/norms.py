@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
-CACHED = 1 << 18  # float32 values at a time, which a core's cache holds
+CACHED = 1 << 18  # float32 values that a core's cache holds
 
 
 def norm_offset(norm: nn.Module) -> float | None:
@@ -107,5 +107,5 @@ class RMSNorm(torch.autograd.Function):
 
 def _parts(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     """Cut tensors of as many rows each; the first one, [n, width], tells how."""
-    rows = max(1, CACHED // tensors[0].shape[1])
+    rows = max(1, CACHED * torch.get_num_threads() // tensors[0].shape[1])
     return zip(*(tensor.split(rows) for tensor in tensors), strict=True)

@@ -78,6 +78,10 @@ def quantize_checkpoint(
     if source.head_name is None:  # nothing to take gradients of
         if settings.target_bpw is not None:
             raise PVQError(f"{source.folder}: the model has no head, so no rates can be chosen: give --bits")
+        if settings.tune_epochs:
+            raise PVQError(
+                f"{source.folder}: the model has no head to tune its output: leave out --tune-epochs"
+            )
         settings = replace(settings, token_weights="uniform")
     if settings.calibration == SELF and not resume:
         check_sampling_memory(source, settings.device)

@@ -31,10 +31,10 @@ from .norms import CACHED, fast_norms, norm_offset
 
 LEARNING_RATE = 2e-3
 STEP_TOKENS = 4096
-LOGIT_ROWS = 512  # positions whose probabilities are in memory in float32; a CPU's cache wants fewer
-OUTPUT_BYTES = 8  # kept of each output of a linear layer for the backward pass, and
-STREAM_BYTES = 40  # of each column of the residual stream, in every layer
-LOGIT_BYTES = 12
+LOGIT_ROWS = 512  # positions whose probabilities are in memory in float32; a CPU's caches want fewer
+# Kept for the backward pass, in values: of each output of a linear layer, and of each column of the residual stream, in every
+# layer, where norms keep float32 copies. Logits, their gradient, those of the base, and what comes and goes.
+KEPT_OUTPUTS, KEPT_STREAM, KEPT_LOGITS = 2, 10, 5
 
 Tell = Callable[[str], None]  # what is going on
 
@@ -103,6 +103,8 @@ def check_tuning_memory(source: ModelSource, device: str, sequences: int, length
     vocabulary, width = source.weight_shape(source.embedding_name)
     itemsize = forward_dtype(device).itemsize
     beside = 2 * vocabulary * width * itemsize
+    if source.is_tied:
+        beside += vocabulary * width * itemsize  # the head is a tensor of its own here
     if device == "cpu":
         beside += sequences * length * width * itemsize
     outputs = sum(
@@ -110,9 +112,8 @@ def check_tuning_memory(source: ModelSource, device: str, sequences: int, length
         for layer in range(len(source.layers))
         for name in source.linear_names(layer)
     )
-    token_bytes = (
-        OUTPUT_BYTES * outputs + STREAM_BYTES * width * len(source.layers) + LOGIT_BYTES * vocabulary
-    )
+    stream = KEPT_STREAM * (4 if device == "cuda" else itemsize) * width * len(source.layers)
+    token_bytes = (KEPT_OUTPUTS * outputs + KEPT_LOGITS * vocabulary) * itemsize + stream
     check_memory(
         source,
         device,
@@ -138,7 +139,7 @@ class Base:
 
     def logits(self, sequence: int) -> torch.Tensor:
         """Return [length, vocabulary]; needs ``head_loaded``."""
-        return self._forward.logits(self._hidden[sequence].to(self._forward.device))[0].detach()
+        return self._forward.logits(self._hidden[sequence].to(self._forward.device))[0]
 
 
 def _whole_model(source: ModelSource, dtype: torch.dtype, device: str) -> nn.Module:
@@ -169,7 +170,7 @@ def _multiply_rows(module: nn.Module) -> nn.Parameter:
 
 class ScaledRows(torch.autograd.Function):
     """(x - bias) * exp(logarithm) + bias for the last dimension of x, in float32 and rounded once. x and ``logarithm``, float32,
-    get gradients. On a CPU a few rows at a time, which a core's cache holds.
+    get gradients. On a CPU a few rows at a time, which the caches of its cores hold.
     """
 
     @staticmethod
@@ -203,7 +204,7 @@ class ScaledRows(torch.autograd.Function):
 def _rows(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     """Cut tensors of one shape, [..., n], into rows; views where they are contiguous."""
     flat = [tensor.flatten(0, -2) for tensor in tensors]
-    count = len(flat[0]) if flat[0].is_cuda else max(1, CACHED // flat[0].shape[1])
+    count = len(flat[0]) if flat[0].is_cuda else max(1, CACHED * torch.get_num_threads() // flat[0].shape[1])
     return zip(*(tensor.split(count) for tensor in flat), strict=True)
 
 
@@ -249,7 +250,7 @@ def _backward(model: nn.Module, ids: torch.Tensor, expected: torch.Tensor, divis
     """
     logits = model(input_ids=ids, use_cache=False).logits[0]
     gradient, total = torch.empty_like(logits), 0.0
-    count = LOGIT_ROWS if logits.is_cuda else max(1, 4 * CACHED // logits.shape[1])
+    count = LOGIT_ROWS if logits.is_cuda else max(1, 2 * CACHED * torch.get_num_threads() // logits.shape[1])
     for start in range(0, len(logits), count):
         rows = slice(start, start + count)
         log_p, log_r = (x[rows].detach().float().log_softmax(-1) for x in (logits, expected))

@@ -17,7 +17,7 @@ from benchmarks.quality.bits import (
     mean_bits,
     nf4_bits,
 )
-from benchmarks.quality.report import BEGIN, END, merged, pareto_front, table, write_report
+from benchmarks.quality.report import BEGIN, END, KeptRows, pareto_front, table, write_report
 from benchmarks.quality.rounding import round_to_nearest
 from benchmarks.quality.rows import ROWS, largest_pulses
 from pvq_vllm.codec.errors import PVQError
@@ -116,13 +116,16 @@ def test_report_replaces_only_the_table(tmp_path):
 
 
 def test_rows_of_several_machines_come_together(tmp_path):
-    texts, kept = {"texts": ["a", "b"], "tokens": [24, 10, 1024]}, tmp_path / "quality.json"
-    assert merged([_record("b", 4, 0.2), _record("a", 3, 0.3)], texts, kept)[0]["key"] == "a"
-    again = merged([_record("b", 4, 0.1)], texts, kept)
-    assert [(record["key"], record["kl_divergence"]) for record in again] == [("a", 0.3), ("b", 0.1)]
-    assert merged([], texts, kept) == again
-    with pytest.raises(PVQError, match=r"quality\.json has rows of other texts"):
-        merged([], {**texts, "tokens": [24, 10, 512]}, kept)
+    setting, path = {"model": "m", "texts": ["a", "b"], "tokens": [24, 10, 1024]}, tmp_path / "quality.json"
+    kept = KeptRows(path, setting)
+    assert kept.rows() == [] and not path.exists()
+    kept.add([_record("b", 4, 0.2)], [_record("a", 3, 0.3)])
+    again = KeptRows(path, setting)
+    again.add([_record("b", 4, 0.1)], [_record("a", 3, 0.9), _record("c", 5, 0.05)])
+    found = [(record["key"], record["kl_divergence"]) for record in KeptRows(path, setting).rows()]
+    assert found == [("a", 0.3), ("b", 0.1), ("c", 0.05)]
+    with pytest.raises(PVQError, match=r"quality\.json has rows of other model and tokens: give"):
+        KeptRows(path, {**setting, "model": "n", "tokens": [24, 10, 512]})
 
 
 def test_the_page_has_the_rows_that_are_kept():

@@ -38,8 +38,8 @@ def test_a_gpu_is_as_good_as_the_cpu(tiny_llama, tmp_path, rotation):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"target_bpw": 3.4}, {"calibration": "self"}],
-    ids=["calibrated", "average rate", "self"],
+    [{}, {"target_bpw": 3.4}, {"calibration": "self"}, {"tune_epochs": 2}],
+    ids=["calibrated", "average rate", "self", "tuned"],
 )
 def test_an_interrupted_run_resumes_to_the_same_bytes(tiny_llama, tmp_path, monkeypatch, changes):
     class Killed(Exception):

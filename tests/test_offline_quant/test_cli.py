@@ -2,6 +2,7 @@
 """The commands as a user types them: what they print, and one sentence for each mistake."""
 
 import json
+import os
 import re
 import shutil
 from importlib.metadata import EntryPoint
@@ -44,6 +45,7 @@ def checkpoint(tiny_llama, tmp_path_factory):
                 "down_proj=4",
                 "--lm-head",
                 "16",
+                "--no-evaluate",
             ]
         )
         == 0
@@ -85,11 +87,15 @@ def test_quantize_measures_only_with_memory_for_both_models(tiny_llama, tmp_path
     monkeypatch.setattr(memory, "free_memory", lambda device: 1_000_000)
     assert main(arguments) == 0
     printed = capsys.readouterr()
+    said = " ".join(printed.err.split())
     assert (
         "not measured: measuring needs 2 whole models in memory, 0.0 GB with what it computes, and 0.0 GB are free: "
-        "`pvq eval OUT --reference MODEL --update-card` measures it later" in " ".join(printed.err.split())
+        "a machine with more can do it" in said
     )
+    assert f"pvq eval {tmp_path / 'out'} --reference {tiny_llama} --update-card" in "".join(said.split("\n"))
     assert "kl_divergence" not in printed.out and NOT_MEASURED in card_of(tmp_path / "out")
+    assert main([*arguments, "--overwrite", "--evaluate"]) == 0  # as asked, whatever the memory
+    assert "kl_divergence" in capsys.readouterr().out and NOT_MEASURED not in card_of(tmp_path / "out")
 
 
 @pytest.mark.parametrize(("options", "status"), [([], 0), (["--evaluate"], 2)])
@@ -102,6 +108,22 @@ def test_a_result_that_cannot_be_measured_is_an_error_only_if_that_was_asked_for
     said = " ".join(capsys.readouterr().err.split())
     assert ("not measured: " in said) == (status == 0) and "tokenizer" in said
     assert main(["inspect", str(tmp_path / "out")]) == 0
+
+
+def test_a_fault_while_nobody_asked_to_measure_leaves_the_run_a_success(tiny_llama, tmp_path, capsys):
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    (model / "tokenizer.json").write_text("{}")
+    assert main(["quantize", str(model), str(tmp_path / "out")]) == 0
+    assert "not measured: " in capsys.readouterr().err
+
+
+def test_a_folder_quantized_into_where_one_stands_is_measured(tiny_llama, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    assert main(["quantize", str(tiny_llama), str(out), "--no-evaluate"]) == 0
+    monkeypatch.chdir(out)
+    model = os.path.relpath(tiny_llama, out)
+    assert main(["quantize", model, ".", "--overwrite"]) == 0
+    assert "kl_divergence" in capsys.readouterr().out and NOT_MEASURED not in card_of(out)
 
 
 def card_of(folder):
@@ -128,7 +150,7 @@ def test_eval_on_a_full_disk_still_prints_its_result(checkpoint, tiny_llama, cap
 
 def test_canonical_codebook_from_the_command_line(tiny_llama, tmp_path, capsys):
     options = ["--codebook", "canonical", "--group-size", "32", "--num-pulses", "40", "--amplitude-bits", "4"]
-    assert main(["quantize", str(tiny_llama), str(tmp_path / "out"), *options]) == 0
+    assert main(["quantize", str(tiny_llama), str(tmp_path / "out"), *options, "--no-evaluate"]) == 0
     capsys.readouterr()
     assert main(["inspect", str(tmp_path / "out"), "--json"]) == 0
     modules = json.loads(capsys.readouterr().out)["modules"]

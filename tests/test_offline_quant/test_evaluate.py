@@ -68,10 +68,15 @@ def test_a_quantized_model_is_near_its_base_and_nearer_with_more_bits(tiny_llama
     assert same["kl_divergence"] == 0 and same["perplexity"] == same["perplexity_reference"]
 
 
-def test_unusable_input_is_named(tiny_llama, tmp_path):
+def test_unusable_input_is_named(tiny_llama, tmp_path, monkeypatch):
     with pytest.raises(PVQError, match="fewer than 1000 x 1000"):
         evaluate(tiny_llama, tiny_llama, evaluation_text(), 1000, 1000)
     with pytest.raises(PVQError, match="nowhere"):
         evaluate(tmp_path / "nowhere", tiny_llama, evaluation_text(), 1, 8)
     with pytest.raises(PVQError, match=r"nothing\.txt"):
         evaluate(tiny_llama, tiny_llama, tmp_path / "nothing.txt", 1, 8)
+    with pytest.raises(PVQError, match=r"--length is 9000, but .* has 8192 positions: lower it"):
+        evaluate(tiny_llama, tiny_llama, evaluation_text(), 1, 9000)
+    monkeypatch.setattr("offline_quant.evaluate.tokenize", lambda *_: torch.full((64,), 10**6))
+    with pytest.raises(PVQError, match="its tokenizer has more tokens than its embedding has rows"):
+        evaluate(tiny_llama, tiny_llama, evaluation_text(), 1, 8)

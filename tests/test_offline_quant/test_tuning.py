@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tuning of scales and norms: gradients, what is stored, that it lowers the divergence, and that it resumes."""
 
+import bisect
 import dataclasses
 import json
 import shutil
@@ -101,7 +102,9 @@ def test_the_report_tells_the_error_of_the_tuned_scales(tiny_llama, tmp_path):
 
 
 def test_gradient_is_that_of_the_divergence(tiny_llama, monkeypatch):
-    monkeypatch.setattr(tuning, "CACHED", 7 * 16)
+    monkeypatch.setattr(
+        tuning, "CACHED", 7 * 512 // 2 // torch.get_num_threads()
+    )  # about seven positions at a time
     base = load_model(tiny_llama, torch.float32)
     model = tuning._whole_model(ModelSource.open(tiny_llama), torch.float32, "cpu")
     linear = model.model.layers[0].mlp.up_proj
@@ -176,7 +179,7 @@ def test_what_cannot_be_tuned_is_refused(tiny_llama, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_scaled_rows_have_the_gradients_of_autograd(monkeypatch, has_bias):
-    monkeypatch.setattr(tuning, "CACHED", 3 * 8)  # three rows at a time
+    monkeypatch.setattr(tuning, "CACHED", 3 * 8 // torch.get_num_threads())  # three rows at a time, or so
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 8, 5, generator=generator).mT.requires_grad_()  # not contiguous
     logarithm = torch.randn(8, generator=generator, requires_grad=True)
@@ -190,3 +193,62 @@ def test_scaled_rows_have_the_gradients_of_autograd(monkeypatch, has_bias):
     torch.testing.assert_close(
         torch.autograd.grad(found, (x, logarithm), given), wanted, rtol=1e-5, atol=1e-5
     )
+
+
+def test_scaled_rows_are_rounded_once():
+    x = torch.randn(50, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
+    logarithm, bias = torch.linspace(-0.3, 0.3, 96), torch.linspace(-2, 2, 96).bfloat16()
+    expected = ((x.float() - bias.float()) * logarithm.exp() + bias.float()).bfloat16()
+    assert torch.equal(tuning.ScaledRows.apply(x, logarithm, bias), expected)
+
+
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor does not multiply bfloat16"
+)
+def test_tuning_in_bfloat16_repeats_itself(tiny_llama, tmp_path, monkeypatch):
+    for module in (calibration, tuning, memory):
+        monkeypatch.setattr(module, "forward_dtype", lambda device="cpu": torch.bfloat16)
+    wanted = settings(codebook=codebook_from_text("2", "--bits"), tune_epochs=3)
+    for name in ("one", "other"):
+        quantize_checkpoint(tiny_llama, tmp_path / name, wanted)
+    quantize_checkpoint(tiny_llama, tmp_path / "plain", dataclasses.replace(wanted, tune_epochs=0))
+    ids = calibration_tokens(tiny_llama, "builtin", 6, 48)
+    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "other"))
+    assert one == other
+    assert divergence(tmp_path / "one", tiny_llama, ids) < divergence(tmp_path / "plain", tiny_llama, ids)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3-tied"])
+def test_the_logits_of_the_base_are_the_models(tiny_model_folder, monkeypatch, name):
+    monkeypatch.setattr(calibration, "BATCH_TOKENS", 24)  # two sequences
+    folder = tiny_model_folder(name)
+    ids = torch.arange(60).view(5, 12)
+    base = tuning.Base(ModelSource.open(folder), ids, "cpu", lambda text: None)
+    with torch.inference_mode():
+        expected = load_model(folder, torch.float32)(ids).logits
+    with base.head_loaded():
+        found = torch.stack([base.logits(index) for index in range(5)])
+    torch.testing.assert_close(found, expected)
+
+
+def test_memory_for_tuning_grows_with_what_is_kept(tiny_llama, monkeypatch):
+    source = ModelSource.open(tiny_llama)
+    vocabulary, width = source.weight_shape("lm_head")
+
+    def fits(free: int, *size: int) -> bool:
+        monkeypatch.setattr(memory, "free_memory", lambda device: free)
+        try:
+            tuning.check_tuning_memory(source, "cpu", *size)
+        except PVQError:
+            return False
+        return True
+
+    def needed(*size: int) -> int:
+        return bisect.bisect_left(range(1 << 30), True, key=lambda free: fits(free, *size))
+
+    least = needed(4, 64)
+    assert needed(40, 64) - least >= 36 * 64 * width * 4  # hidden states of the base
+    layers = 2 * len(source.layers) * width * 4
+    assert needed(4, 128) - least >= 64 * (
+        3 * vocabulary * 4 + layers
+    )  # logits, gradient, the base's; some of each layer
