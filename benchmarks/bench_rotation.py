@@ -81,9 +81,6 @@ def main() -> None:
         make_layers(shapes) for _ in range(max(1, min(40, COPIES_BYTES // len(ROTATIONS) // bytes_per_pass)))
     ]
     results = []
-    table = Table(
-        "tokens", *ROTATIONS, title=f"{options.model}, {options.threads} threads: µs a decoder layer"
-    )
     for tokens in map(int, options.tokens.split(",")):
         inputs = [torch.randn(tokens, columns, dtype=torch.bfloat16) for _, columns in shapes]
         times: dict[str, list[float]] = {rotation: [] for rotation in ROTATIONS}
@@ -94,8 +91,14 @@ def main() -> None:
             index += 1
         best = {rotation: min(values) * 1e6 for rotation, values in times.items()}
         results.append({"tokens": tokens, "microseconds": best})
-        cells = [f"{value:.0f} ({value / best['none']:.2f})" for value in best.values()]
-        table.add_row(str(tokens), *cells)
+    table = Table(
+        "rotation",
+        *(f"{result['tokens']} tokens" for result in results),
+        title=f"{options.model}, {options.threads} threads: µs a decoder layer, and over none",
+    )
+    for rotation in ROTATIONS:
+        times_of = [(result["microseconds"][rotation], result["microseconds"]["none"]) for result in results]
+        table.add_row(rotation, *(f"{value:.0f} ({value / none:.2f})" for value, none in times_of))
     Console().print(table)
     if options.json:
         with open(options.json, "w") as file:
