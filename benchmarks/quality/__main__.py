@@ -31,7 +31,7 @@ from pvq_vllm.codec.errors import PVQError
 from .peers.environments import MissingEnvironment
 from .project import ROOT, commit
 from .protocol import Protocol
-from .report import merged, write_report
+from .report import KeptRows, write_report
 from .rows import ROWS, Row
 
 DOCS = ROOT / "docs"
@@ -105,14 +105,13 @@ def main() -> int:
     unknown = [pattern for pattern in patterns if not fnmatch.filter(ROWS, pattern)]
     if unknown:
         parser.error(f"--only {unknown[0]} matches no row: --list shows them")
-    if arguments.docs:
-        try:
-            merged([], protocol.texts, KEPT)
-        except PVQError as error:
-            parser.error(str(error))
+    try:
+        kept = KeptRows(KEPT, protocol.setting) if arguments.docs else None
+    except PVQError as error:
+        parser.error(str(error))
     folder = protocol.folder / "rows"
     folder.mkdir(exist_ok=True)
-    failed = 0
+    failed, new = 0, []
     for key in [key for key in ROWS if any(fnmatch.fnmatch(key, pattern) for pattern in patterns)]:
         path = folder / f"{key}.json"
         if path.exists() and not arguments.redo:
@@ -125,6 +124,7 @@ def main() -> int:
             if not isinstance(error, MissingEnvironment | PVQError):
                 traceback.print_exc()
             continue
+        new.append(record)
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(record, indent=2) + "\n")
         partial.rename(path)
@@ -134,8 +134,9 @@ def main() -> int:
             flush=True,
         )
     records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    if arguments.docs:
-        records = merged(records, protocol.texts, KEPT)
+    if kept is not None:
+        kept.add(new, records)
+        records = kept.rows()
     if records:
         write_report(records, DOCS if arguments.docs else protocol.folder)
     return 1 if failed else 0

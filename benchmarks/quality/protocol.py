@@ -40,13 +40,18 @@ class Protocol:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the model, the texts and their numbers of tokens; a row with another one is not reused."""
-        parts = {"model": self.source.fingerprint(), **self.texts}
+        texts = {"texts": self.setting["texts"], "tokens": self.setting["tokens"]}
+        parts = {"model": self.source.fingerprint(), **texts}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     @cached_property
-    def texts(self) -> dict:
-        """Hashes of both texts, and numbers of sequences and of tokens: what the rows of one table share."""
+    def setting(self) -> dict:
+        """What the rows of one table share: hashes of the model's configuration (weights differ by rounding between
+        machines that re-base it) and of both texts, numbers of sequences and tokens.
+        """
+        config = {key: value for key, value in self.source.config.items() if key != "transformers_version"}
         return {
+            "model": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
             "texts": [
                 hashlib.sha256(path.read_bytes()).hexdigest()
                 for path in (self.calibration_text, self.evaluation_text)

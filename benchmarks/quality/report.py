@@ -11,8 +11,8 @@ OURS = "PVQ (this project)"
 TUNED = "PVQ (this project), tuned"
 MIXED = "PVQ (this project), canonical rates too"
 NOT_WEIGHT_ONLY = "PVQ, activations too"  # in the table, but neither in the picture nor on the front
-PERPLEXITY_SHOWN = 100  # what is worse would press the rest together
 VARIANT = "PVQ, other options"  # likewise
+PERPLEXITY_SHOWN = 100  # what is worse would press the rest together
 
 
 def pareto_front(records: list[dict], lower: str = "kl_divergence") -> list[dict]:
@@ -57,10 +57,10 @@ def draw(records: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot, ticker
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5.5), constrained_layout=True)
+    figure, axes = pyplot.subplots(1, 2, figsize=(13, 6.2), constrained_layout=True)
     base = next((record for record in records if record["family"] == "base"), None)
     families = sorted(
-        {record["family"] for record in records} - {"base", OURS, TUNED, NOT_WEIGHT_ONLY, VARIANT}
+        {record["family"] for record in records} - {"base", OURS, TUNED, MIXED, NOT_WEIGHT_ONLY, VARIANT}
     )
     markers = "osv^D<>pX*hP"
     for axis, key, name in (
@@ -70,7 +70,7 @@ def draw(records: list[dict], path: Path) -> None:
         for index, family in enumerate(families):
             points = sorted((r["bits_per_weight"], r[key]) for r in records if r["family"] == family)
             axis.plot(*zip(*points, strict=True), markers[index % len(markers)], label=family, markersize=6)
-        for family, style in ((OURS, "k-o"), (TUNED, "k--o")):
+        for family, style in ((OURS, "k-o"), (TUNED, "k--o"), (MIXED, "k:s")):
             ours = sorted((r["bits_per_weight"], r[key]) for r in records if r["family"] == family)
             if ours:
                 axis.plot(*zip(*ours, strict=True), style, label=family, linewidth=1.5, markersize=5)
@@ -85,32 +85,40 @@ def draw(records: list[dict], path: Path) -> None:
             # Labels at 20, 30, … too: the axis is not much longer than a power of ten.
             axis.yaxis.set_minor_formatter(ticker.LogFormatter(minor_thresholds=(2, 1)))
         axis.grid(True, which="both", alpha=0.25)
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
-def merged(records: list[dict], texts: dict, kept: Path) -> list[dict]:
-    """Put ``records`` into the file ``kept``, each in the place of an older one with its key, and return all it has then:
-    rows may come from several machines.
+class KeptRows:
+    """The file with all rows of a table, which may come from several machines.
 
     Args:
-        texts: ``Protocol.texts`` of the records.
+        setting: ``Protocol.setting`` of the rows.
     Raises:
-        PVQError: the file has rows that were measured on other texts.
+        PVQError: the file has rows of another setting.
     """
-    content = json.loads(kept.read_text()) if kept.exists() else {**texts, "rows": []}
-    if {key: content[key] for key in texts} != texts:
-        raise PVQError(
-            f"{kept} has rows of other texts or numbers of tokens: give those with --calibration and --evaluation, or move it "
-            "away to begin a new table"
-        )
-    rows = {record["key"]: record for record in (*content["rows"], *records)}
-    content["rows"] = [rows[key] for key in sorted(rows)]
-    partial = kept.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.rename(kept)
-    return content["rows"]
+
+    def __init__(self, path: Path, setting: dict) -> None:
+        self._path = path
+        self._content = json.loads(path.read_text()) if path.exists() else {**setting, "rows": []}
+        different = [key for key in setting if self._content[key] != setting[key]]
+        if different:
+            raise PVQError(
+                f"{path} has rows of other {' and '.join(different)}: give theirs (--model, --calibration, --evaluation, "
+                "--calibration-sequences, --evaluation-sequences, --length), or move the file away to begin a new table"
+            )
+
+    def rows(self) -> list[dict]:
+        return self._content["rows"]
+
+    def add(self, new: list[dict], others: list[dict]) -> None:
+        """Put in rows: ``new`` ones in the place of older ones with their keys, ``others`` only where there is none."""
+        rows = {record["key"]: record for record in (*others, *self.rows(), *new)}
+        self._content["rows"] = [rows[key] for key in sorted(rows)]
+        partial = self._path.with_suffix(".partial")
+        partial.write_text(json.dumps(self._content, indent=1) + "\n")
+        partial.rename(self._path)
 
 
 def write_report(records: list[dict], folder: Path) -> None:
