@@ -239,7 +239,7 @@ def quantize(
     if calibration is None:
         console.print(
             "rounded to nearest, for want of data: --calibration builtin, or better a text like those the model will "
-            "see, leaves a sixth of the KL divergence or less"
+            "see, leaves a quarter of the KL divergence or less"
         )
     widest = max((module["in_features"] for module in report["modules"].values()), default=0)
     if calibration is not None and report["calibration_tokens"] < ENOUGH_TOKENS * widest:
