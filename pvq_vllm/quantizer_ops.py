@@ -54,6 +54,14 @@ def _new_codes(weight: torch.Tensor, codebook: str) -> tuple[torch.Tensor, torch
     return codes, torch.empty((rows, columns), dtype=torch.int8, device=weight.device)
 
 
+def _addresses(
+    weight: torch.Tensor, row_scale: torch.Tensor, codebook: str, codes: torch.Tensor, q: torch.Tensor
+) -> tuple[int, ...]:
+    """What every encoder of the compiled module takes first."""
+    given = weight.data_ptr(), row_scale.data_ptr(), *weight.shape, codebook_id(codebook)
+    return *given, codes.data_ptr(), q.data_ptr()
+
+
 def quantize_rows(
     weight: torch.Tensor, codebook: str, row_scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,20 +74,12 @@ def quantize_rows(
     Returns:
         codes uint8 [rows, columns / 8, B] and q int8 [rows, columns].
     """
-    rows, columns = _check_weight(weight, row_scale)
+    _check_weight(weight, row_scale)
     codes, q = _new_codes(weight, codebook)
     if weight.is_cuda:
         cuda_ops.encode_rows(weight, row_scale, codebook_id(codebook), codes, q)
         return codes, q
-    _C.encode_rows(
-        weight.data_ptr(),
-        row_scale.data_ptr(),
-        rows,
-        columns,
-        codebook_id(codebook),
-        codes.data_ptr(),
-        q.data_ptr(),
-    )
+    _C.encode_rows(*_addresses(weight, row_scale, codebook, codes, q))
     return codes, q
 
 
@@ -97,7 +97,7 @@ def feedback_block(
     Returns:
         codes, q and error float32 [rows, block]; the caller subtracts ``error @ U[block, rest]`` from the rest.
     """
-    rows, columns = _check_weight(weight, row_scale)
+    columns = _check_weight(weight, row_scale)[1]
     require("factor", factor, torch.float32, (columns, columns), weight.device)
     _check_metrics(metrics, weight)
     codes, q = _new_codes(weight, codebook)
@@ -106,18 +106,8 @@ def feedback_block(
         identity = codebook_id(codebook)
         cuda_ops.encode_rows_with_feedback(weight, row_scale, identity, codes, q, factor, metrics, error)
         return codes, q, error
-    _C.encode_rows_with_feedback(
-        weight.data_ptr(),
-        row_scale.data_ptr(),
-        rows,
-        columns,
-        codebook_id(codebook),
-        codes.data_ptr(),
-        q.data_ptr(),
-        factor.data_ptr(),
-        metrics.data_ptr(),
-        error.data_ptr(),
-    )
+    given = _addresses(weight, row_scale, codebook, codes, q)
+    _C.encode_rows_with_feedback(*given, factor.data_ptr(), metrics.data_ptr(), error.data_ptr())
     return codes, q, error
 
 
@@ -149,22 +139,12 @@ def descend_block(
     require("gradient", gradient, torch.float32, (rows, columns), device)
     require("hessian", hessian, torch.float32, (columns, columns), device)
     _check_metrics(metrics, weight)
-    identity = codebook_id(codebook)
     if weight.is_cuda:
+        identity = codebook_id(codebook)
         cuda_ops.descend_rows(weight, row_scale, identity, codes, q, gradient, hessian, metrics)
         return
-    _C.descend_rows(
-        weight.data_ptr(),
-        row_scale.data_ptr(),
-        rows,
-        columns,
-        identity,
-        codes.data_ptr(),
-        q.data_ptr(),
-        gradient.data_ptr(),
-        hessian.data_ptr(),
-        metrics.data_ptr(),
-    )
+    given = _addresses(weight, row_scale, codebook, codes, q)
+    _C.descend_rows(*given, gradient.data_ptr(), hessian.data_ptr(), metrics.data_ptr())
 
 
 def _check_metrics(metrics: torch.Tensor, weight: torch.Tensor) -> None:
