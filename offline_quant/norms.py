@@ -79,7 +79,7 @@ class RMSNorm(torch.autograd.Function):
     def forward(ctx, x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
         result, factors = torch.empty_like(rows), torch.empty(len(rows), 1)
-        for part, factor, out in _parts(rows, factors, result):
+        for part, factor, out in row_parts(rows, factors, result):
             wide = part.to(torch.float32, copy=True)
             norm = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
             factor.copy_((norm.square_() / wide.shape[1] + eps).rsqrt_())
@@ -94,7 +94,7 @@ class RMSNorm(torch.autograd.Function):
         x, gain, factors = ctx.saved_tensors
         rows, gradients = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (x, gradient))
         result = torch.empty_like(rows)
-        for part, given, factor, out in _parts(rows, gradients, factors, result):
+        for part, given, factor, out in row_parts(rows, gradients, factors, result):
             unit = part.to(torch.float32, copy=True)
             unit *= factor
             wide = given * gain
@@ -105,7 +105,11 @@ class RMSNorm(torch.autograd.Function):
         return result.view_as(x), None, None
 
 
-def _parts(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Cut tensors of as many rows each; the first one, [n, width], tells how."""
-    rows = max(1, CACHED * torch.get_num_threads() // tensors[0].shape[1])
-    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+def row_parts(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Cut tensors of as many rows each, [..., width], into those that the caches of a CPU's cores hold; the first one tells
+    how. A GPU takes all at once. Parts of what is contiguous are views.
+    """
+    flat = [tensor.flatten(0, -2) for tensor in tensors]
+    first = flat[0]
+    rows = len(first) if first.is_cuda else max(1, CACHED * torch.get_num_threads() // first.shape[1])
+    return zip(*(tensor.split(rows) for tensor in flat), strict=True)

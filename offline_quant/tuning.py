@@ -13,7 +13,7 @@ hidden states and its head are needed.
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 
 import torch
@@ -27,7 +27,7 @@ from .calibration import LayerwiseForward, forward_dtype
 from .device import deterministic
 from .memory import check_memory
 from .model_source import ModelSource
-from .norms import CACHED, fast_norms, norm_offset
+from .norms import CACHED, fast_norms, norm_offset, row_parts
 
 LEARNING_RATE = 2e-3
 STEP_TOKENS = 4096
@@ -177,7 +177,7 @@ class ScaledRows(torch.autograd.Function):
     def forward(ctx, x: torch.Tensor, logarithm: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         factor = logarithm.exp()
         result = x.new_empty(x.shape)  # contiguous, so that its rows are views
-        for part, out in _rows(x, result):
+        for part, out in row_parts(x, result):
             wide = part.to(torch.float32, copy=True)
             if bias is not None:
                 wide -= bias
@@ -193,19 +193,12 @@ class ScaledRows(torch.autograd.Function):
         result, factor, bias = ctx.saved_tensors
         total = torch.zeros_like(factor)
         back = gradient.new_empty(gradient.shape)
-        for part, given, out in _rows(result, gradient, back):
+        for part, given, out in row_parts(result, gradient, back):
             wide = given.to(torch.float32, copy=True)
             out.copy_(wide * factor)
             wide *= part if bias is None else part.float() - bias
             total += wide.sum(dim=0)
         return back, total, None
-
-
-def _rows(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Cut tensors of one shape, [..., n], into rows; views where they are contiguous."""
-    flat = [tensor.flatten(0, -2) for tensor in tensors]
-    count = len(flat[0]) if flat[0].is_cuda else max(1, CACHED * torch.get_num_threads() // flat[0].shape[1])
-    return zip(*(tensor.split(count) for tensor in flat), strict=True)
 
 
 def _minimize(

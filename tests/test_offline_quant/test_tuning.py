@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from offline_quant import calibration, memory, tuning
+from offline_quant import calibration, memory, norms, tuning
 from offline_quant.calibration_data import calibration_tokens
 from offline_quant.evaluate import compare_logits, load_model
 from offline_quant.inspect import inspect_checkpoint
@@ -179,7 +179,7 @@ def test_what_cannot_be_tuned_is_refused(tiny_llama, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_scaled_rows_have_the_gradients_of_autograd(monkeypatch, has_bias):
-    monkeypatch.setattr(tuning, "CACHED", 3 * 8 // torch.get_num_threads())  # three rows at a time, or so
+    monkeypatch.setattr(norms, "CACHED", 3 * 8 // torch.get_num_threads())  # three rows at a time, or so
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 8, 5, generator=generator).mT.requires_grad_()  # not contiguous
     logarithm = torch.randn(8, generator=generator, requires_grad=True)
