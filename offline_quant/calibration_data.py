@@ -58,12 +58,18 @@ def calibration_tokens(
     ids = _tokens_of_tables(folder, path, sequences, length) if is_table else tokenize(folder, path)
     _check_length(ids, path, sequences, length)
     tokens = windows(ids, sequences, length)
-    if vocabulary is not None and tokens.max() >= vocabulary:
+    if vocabulary is not None:
+        check_vocabulary(tokens, folder, vocabulary)
+    return tokens
+
+
+def check_vocabulary(tokens: torch.Tensor, folder: Path, vocabulary: int) -> None:
+    """Raise PVQError if the embedding of the model in ``folder``, of ``vocabulary`` rows, has none for a token."""
+    if tokens.max() >= vocabulary:
         raise PVQError(
             f"{folder}: the tokenizer gives token {tokens.max()}, but the model's embedding has only {vocabulary} "
             "rows: copy the tokenizer of this very model into the folder"
         )
-    return tokens
 
 
 def _tokens_of_tables(folder: Path, path: Path, sequences: int, length: int) -> torch.Tensor:

@@ -22,7 +22,7 @@ from pvq_vllm.codec.errors import PVQError
 from pvq_vllm.codec.format import check_checkpoint, read_json
 
 from .calibration import forward_dtype
-from .calibration_data import tokenize
+from .calibration_data import check_vocabulary, tokenize
 from .memory import check_memory
 from .model_source import ModelSource
 
@@ -101,8 +101,13 @@ def check_evaluation_memory(source: ModelSource, device: str, instead: str) -> N
 
 def longest_sequence(source: ModelSource) -> int:
     """Return how many tokens of a sequence to measure on: as many as the model has positions for, at most ``LENGTH``."""
-    positions = getattr(source.skeleton.config.get_text_config(), "max_position_embeddings", None)
-    return min(LENGTH, positions) if isinstance(positions, int) and positions > 1 else LENGTH
+    return min(LENGTH, _positions(source.skeleton))
+
+
+def _positions(model: torch.nn.Module) -> float:
+    """Return how many positions ``model`` has; infinity if its configuration does not say."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 1 else math.inf
 
 
 def load_model(folder: str | os.PathLike, dtype: torch.dtype, device: str = "cpu") -> torch.nn.Module:
@@ -159,18 +164,14 @@ def evaluate(
         )
     dtype = dtype or forward_dtype(device)
     models = [load_model(folder, dtype, device) for folder in (model, reference)]
-    vocabulary = models[1].get_input_embeddings().weight.shape[0]
-    if ids[: sequences * length].max() >= vocabulary:
-        raise PVQError(
-            f"{reference}: its tokenizer has more tokens than its embedding has rows ({vocabulary:,}): copy both anew from "
-            "one model"
-        )
-    positions = getattr(models[1].config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(positions, int) and length > positions:
+    ids = ids[: sequences * length]
+    check_vocabulary(ids, Path(reference), models[1].get_input_embeddings().weight.shape[0])
+    positions = _positions(models[1])
+    if length > positions:
         raise PVQError(f"--length is {length}, but {reference} has {positions} positions: lower it")
     samples = []
     with torch.inference_mode():
-        for index, sequence in enumerate(ids[: sequences * length].to(device).split(length)):
+        for index, sequence in enumerate(ids.to(device).split(length)):
             logits, expected = (one(input_ids=sequence[None], use_cache=False).logits[0] for one in models)
             if logits.shape != expected.shape:
                 raise PVQError(

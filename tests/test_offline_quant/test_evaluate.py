@@ -78,5 +78,8 @@ def test_unusable_input_is_named(tiny_llama, tmp_path, monkeypatch):
     with pytest.raises(PVQError, match=r"--length is 9000, but .* has 8192 positions: lower it"):
         evaluate(tiny_llama, tiny_llama, evaluation_text(), 1, 9000)
     monkeypatch.setattr("offline_quant.evaluate.tokenize", lambda *_: torch.full((64,), 10**6))
-    with pytest.raises(PVQError, match="its tokenizer has more tokens than its embedding has rows"):
+    with pytest.raises(
+        PVQError,
+        match="the tokenizer gives token 1000000, but the model's embedding has only 512 rows: copy the tokenizer",
+    ):
         evaluate(tiny_llama, tiny_llama, evaluation_text(), 1, 8)
