@@ -269,7 +269,9 @@ def _measure_new(model: Path, out: Path, device: str, threads: int | None, is_wa
         if is_wanted:
             raise
         said = str(error) if isinstance(error, PVQError) else f"{type(error).__name__}: {error}"
-        console.print(f"not measured: {said}\n{out} is complete; to measure it later: {later}", highlight=False)
+        console.print(
+            f"not measured: {said}\n{out} is complete; to measure it later: {later}", highlight=False
+        )
 
 
 def inspect(

@@ -26,6 +26,7 @@ from offline_quant.calibration import forward_dtype
 from offline_quant.calibration_data import calibration_text
 from offline_quant.device import choose_device
 from offline_quant.evaluate import evaluation_text
+from offline_quant.whole_files import write_file
 from pvq_vllm.codec.errors import PVQError
 
 from .peers.environments import MissingEnvironment
@@ -125,9 +126,7 @@ def main() -> int:
                 traceback.print_exc()
             continue
         new.append(record)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(record, indent=2) + "\n")
-        partial.rename(path)
+        write_file(path, f"{json.dumps(record, indent=2)}\n".encode())
         print(
             f"{key:24} {record['bits_per_weight']:6.3f} bits  KL {record['kl_divergence']:.4f}  "
             f"perplexity {record['perplexity']:.3f}  {record['seconds']:.0f} s",

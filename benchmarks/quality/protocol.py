@@ -40,8 +40,7 @@ class Protocol:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the model, the texts and their numbers of tokens; a row with another one is not reused."""
-        texts = {"texts": self.setting["texts"], "tokens": self.setting["tokens"]}
-        parts = {"model": self.source.fingerprint(), **texts}
+        parts = {**self.setting, "model": self.source.fingerprint()}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     @cached_property

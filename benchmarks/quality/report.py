@@ -4,6 +4,7 @@
 import json
 from pathlib import Path
 
+from offline_quant.whole_files import write_file
 from pvq_vllm.codec.errors import PVQError
 
 BEGIN, END = "<!-- table: written by benchmarks/quality -->", "<!-- end of table -->"
@@ -116,9 +117,7 @@ class KeptRows:
         """Put in rows: ``new`` ones in the place of older ones with their keys, ``others`` only where there is none."""
         rows = {record["key"]: record for record in (*others, *self.rows(), *new)}
         self._content["rows"] = [rows[key] for key in sorted(rows)]
-        partial = self._path.with_suffix(".partial")
-        partial.write_text(json.dumps(self._content, indent=1) + "\n")
-        partial.rename(self._path)
+        write_file(self._path, f"{json.dumps(self._content, indent=1)}\n".encode())
 
 
 def write_report(records: list[dict], folder: Path) -> None:

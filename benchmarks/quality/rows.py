@@ -195,16 +195,15 @@ def _rows() -> list[Row]:
             suffix = ", blocks across rows" if across else ""
             key = f"ggml-{recipe.lower()}{'-across' if across else ''}"
             rows.append(Row(key, "llama.cpp", f"llama.cpp {recipe}{suffix}", make))
-    for group, amplitude_bits in ((16, 4), (128, 4)):
-        for bits in (4, 3):
-            label = f"canonical PVQ, D = {group}, {bits} bits and {amplitude_bits} for the amplitude"
-            make = _canonical(group, bits, amplitude_bits)
-            rows.append(Row(f"canonical-d{group}-{bits}", "canonical PVQ", label, make))
-    for group, amplitude_bits in ((16, 4), (128, 4)):
-        for bits in (4, 3):
-            label = f"PVQ as in the paper, D = {group}, {bits} bits and {amplitude_bits} for the amplitude"
-            make = _paper(group, bits, amplitude_bits)
-            rows.append(Row(f"paper-d{group}-{bits}", "PVQ as in the paper", label, make))
+    for key, family, maker in (
+        ("canonical", "canonical PVQ", _canonical),
+        ("paper", "PVQ as in the paper", _paper),
+    ):
+        for group, amplitude_bits in ((16, 4), (128, 4)):
+            for bits in (4, 3):
+                label = f"{family}, D = {group}, {bits} bits and {amplitude_bits} for the amplitude"
+                make = maker(group, bits, amplitude_bits)
+                rows.append(Row(f"{key}-d{group}-{bits}", family, label, make))
     for bits in (4, 3):
         make = _project("--bits", str(bits), calibrate=False)
         rows.append(Row(f"pvq-{bits}-rounded", "PVQ, rounded", f"PVQ {bits} bits, no calibration", make))
