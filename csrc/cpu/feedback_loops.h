@@ -107,7 +107,8 @@ inline void bound_candidates(const Search& s, Bounds bounds, const Floats* targe
         const Floats by_sum = gap * gap * bounds.by_sum;
         const Floats missing = to_float(s.pyramids[p] - cells);
         const Floats by_square = (free + (missing > 0.0f ? missing * more : -missing * less)) * bounds.by_square;
-        *least++ = by_sum > by_square ? by_sum : by_square;
+        const Floats bound = by_sum > by_square ? by_sum : by_square;
+        *least++ = bound < kTried ? bound : Floats{};  // it may overflow where the cost itself does not
       }
     }
 }

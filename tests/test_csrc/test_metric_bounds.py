@@ -153,3 +153,9 @@ def test_the_size_of_a_metric_changes_nothing(name):
     expected = search(targets, factor, name)
     for power in (-40, -10, 10, 40):  # of M by 2^-80 to 2^80
         assert torch.equal(search(targets, factor * 2.0**power, name), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bounds_that_overflow_leave_nothing_out(name):
+    targets = torch.full((1, 8), -5e18, dtype=torch.float64)  # costs 2e38, but |sum|^2 is 1.6e39
+    assert (search(targets, torch.eye(8, dtype=torch.float64), name) < 0).all()
