@@ -36,7 +36,7 @@ START_TIMEOUT_S = 600
 
 @contextlib.contextmanager
 def served(name: str, model: str, flags: list[str], folder: Path) -> Iterator[str]:
-    """Start one server for the duration of the context; yield its URL, maybe before it is ready."""
+    """Start one server for the duration of the context; yield its URL once it answers."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -53,24 +53,28 @@ def served(name: str, model: str, flags: list[str], folder: Path) -> Iterator[st
     ]
     command += ["--served-model-name", "m", "--max-model-len", "512", "--max-num-seqs", "16", *flags]
     environment = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
-    with open(folder / f"{name.replace(' ', '-')}.log", "w") as log:
+    log_file = folder / f"{name.replace(' ', '-')}.log"
+    with open(log_file, "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
     try:
-        yield f"http://127.0.0.1:{port}"
+        url = f"http://127.0.0.1:{port}"
+        if not answers(url, process):
+            sys.exit(f"{name} did not start; its output ends with:\n{log_file.read_text()[-4000:]}")
+        yield url
     finally:
         process.terminate()
         process.wait(120)
 
 
-def wait(url: str) -> None:
-    """Return once the server at ``url`` lists its model."""
+def answers(url: str, process: subprocess.Popen) -> bool:
+    """Wait until the server at ``url`` lists its model; return False if it ended first or took too long."""
     deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and process.poll() is None:
         with contextlib.suppress(urllib.error.URLError, OSError):
             urllib.request.urlopen(f"{url}/v1/models", timeout=10)
-            return
+            return True
         time.sleep(0.5)
-    sys.exit(f"{url} did not start: see its log")
+    return False
 
 
 async def ask(session: aiohttp.ClientSession, url: str, prompt: list[int], tokens: int) -> float:
@@ -145,7 +149,6 @@ def main() -> None:
         urls = {}
         for name in SERVERS:  # one after the other: two engines that start at once fight for the cores
             urls[name] = stack.enter_context(served(name, options.model, flags, Path(folder)))
-            wait(urls[name])
         results = asyncio.run(compare(urls, options.rounds, options.concurrency, options.tokens))
     table = Table(
         title=f"{options.model}: {options.rounds} rounds in turn, {options.concurrency} requests at once"

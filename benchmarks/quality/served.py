@@ -18,7 +18,7 @@ from openai import OpenAI
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.bench_server import served, wait
+from benchmarks.bench_server import served
 from offline_quant.calibration_data import tokenize
 from offline_quant.device import choose_device
 from offline_quant.evaluate import evaluate, evaluation_text
@@ -55,7 +55,6 @@ def main() -> int:
         tempfile.TemporaryDirectory() as folder,
         served("pvq serve", str(arguments.checkpoint), flags, Path(folder)) as url,
     ):
-        wait(url)
         client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=600)
         losses = [mean_loss(client, sequence.tolist()) for sequence in ids.split(arguments.length)]
     over_api = math.exp(sum(losses) / len(losses))
