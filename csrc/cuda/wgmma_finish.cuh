@@ -40,7 +40,6 @@ struct WgmmaFinish {
   char* staging;    // kStaged columns of results, then
   Column* columns;  // kN
   float scale[2], bias[2];
-  bool has_bias;
 
   __device__ __forceinline__ WgmmaFinish(const Product& p, int first_row, int first_column, int thread, char* area, int barrier)
       : p(p),
@@ -52,15 +51,15 @@ struct WgmmaFinish {
         num_columns(static_cast<int>(p.a.num_columns())),
         barrier(barrier),
         staging(area),
-        columns(reinterpret_cast<Column*>(area + kStaged * kStagedColumnBytes)),
-        has_bias(p.output.bias != nullptr) {}
+        columns(reinterpret_cast<Column*>(area + kStaged * kStagedColumnBytes)) {}
 
   // What the results need besides the sums; before store(), and not while another tile's results are in the area.
   __device__ __forceinline__ void load() {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       scale[h] = p.weight.row_scale[row + 8 * h];
-      bias[h] = has_bias && row + 8 * h < p.weight.rows ? load_bias(row + 8 * h) : 0.0f;
+      // -0 changes nothing, not even -0.
+      bias[h] = p.output.bias != nullptr && row + 8 * h < p.weight.rows ? load_bias(row + 8 * h) : -0.0f;
     }
     const int half_offset = p.weight.codebook == CodebookId::kInt8 ? 0 : 1;
     synchronize_threads(barrier, 128);  // the area has been read
@@ -84,8 +83,7 @@ struct WgmmaFinish {
   }
 
   __device__ __forceinline__ float finished(float value, int h, float token_scale) const {
-    const float scaled = scale_value(value, scale[h], token_scale);
-    return has_bias ? __fadd_rn(scaled, bias[h]) : scaled;
+    return __fadd_rn(scale_value(value, scale[h], token_scale), bias[h]);
   }
 
   // Of block j (eight columns), rows h: the columns 2 pair and 2 pair + 1, or the token they are the planes of (v[0]).
@@ -102,11 +100,15 @@ struct WgmmaFinish {
     }
   }
 
-  __device__ __forceinline__ std::uint32_t packed(float low, float high) const {
-    const __half2 halves = __floats2half2_rn(low, high);
-    const __nv_bfloat162 brains = __floats2bfloat162_rn(low, high);
-    return p.output.dtype == DType::kFloat16 ? *reinterpret_cast<const std::uint32_t*>(&halves)
-                                             : *reinterpret_cast<const std::uint32_t*>(&brains);
+  template <DType kType>
+  __device__ __forceinline__ static std::uint32_t packed(float low, float high) {
+    if constexpr (kType == DType::kFloat16) {
+      const __half2 halves = __floats2half2_rn(low, high);
+      return *reinterpret_cast<const std::uint32_t*>(&halves);
+    } else {
+      const __nv_bfloat162 halves = __floats2bfloat162_rn(low, high);
+      return *reinterpret_cast<const std::uint32_t*>(&halves);
+    }
   }
 
   // Eight rows of a token fill a sector: straight from the registers.
@@ -129,7 +131,7 @@ struct WgmmaFinish {
   }
 
   // 16-bit results: through shared memory, where they are turned over to [token][64 rows].
-  template <int kPlanes>
+  template <int kPlanes, DType kType>
   __device__ __forceinline__ void store_halves(const std::int32_t (&acc)[kN / 2]) const {
     const int i = thread % 8, matrix = thread % 32 / 8;
     // Where this lane's column of a matrix goes: of two planes, the tokens of two blocks alternate.
@@ -148,10 +150,10 @@ struct WgmmaFinish {
           for (int h = 0; h < 2; ++h) values<kPlanes>(acc, j + b, h, v[b][h]);
         const std::uint32_t block = to + (8 * j - slice) / kPlanes * kStagedColumnBytes;
         if constexpr (kPlanes == 2) {
-          store_transposed(block, packed(v[0][0][0], v[1][0][0]), packed(v[0][1][0], v[1][1][0]));
+          store_transposed(block, packed<kType>(v[0][0][0], v[1][0][0]), packed<kType>(v[0][1][0], v[1][1][0]));
         } else {
-          store_transposed(block, packed(v[0][0][0], v[0][0][1]), packed(v[0][1][0], v[0][1][1]), packed(v[1][0][0], v[1][0][1]),
-                           packed(v[1][1][0], v[1][1][1]));
+          store_transposed(block, packed<kType>(v[0][0][0], v[0][0][1]), packed<kType>(v[0][1][0], v[0][1][1]),
+                           packed<kType>(v[1][0][0], v[1][0][1]), packed<kType>(v[1][1][0], v[1][1][1]));
         }
       }
       synchronize_threads(barrier, 128);
@@ -176,18 +178,18 @@ struct WgmmaFinish {
     }
   }
 
+  template <int kPlanes>
+  __device__ __forceinline__ void store_planes(const std::int32_t (&acc)[kN / 2]) const {
+    if (p.output.dtype == DType::kFloat32)
+      store_floats<kPlanes>(acc);
+    else if (p.output.dtype == DType::kFloat16)
+      store_halves<kPlanes, DType::kFloat16>(acc);
+    else
+      store_halves<kPlanes, DType::kBFloat16>(acc);
+  }
+
   __device__ __forceinline__ void store(const std::int32_t (&acc)[kN / 2]) const {
-    if (p.output.dtype == DType::kFloat32) {
-      if (p.a.num_planes == 2)
-        store_floats<2>(acc);
-      else
-        store_floats<1>(acc);
-    } else {
-      if (p.a.num_planes == 2)
-        store_halves<2>(acc);
-      else
-        store_halves<1>(acc);
-    }
+    p.a.num_planes == 2 ? store_planes<2>(acc) : store_planes<1>(acc);
   }
 };
 
