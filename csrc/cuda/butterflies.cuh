@@ -37,12 +37,14 @@ __device__ __forceinline__ float flip_sign(float value, std::uint32_t bit_in_fro
   return __uint_as_float(__float_as_uint(value) ^ (bit_in_front & 0x80000000u));
 }
 
-// H s x of eight columns; those of the lanes of a warp follow each other. bits: their signs, set for -1.
-__device__ __forceinline__ void rotate_in_warp(float (&v)[8], std::uint32_t bits, int lane, int width) {
+// H s x of the columns of the lanes of a warp, which follow each other; kColumns, at most `width`, in each. bits: their signs,
+// set for -1.
+template <int kColumns>
+__device__ __forceinline__ void rotate_in_warp(float (&v)[kColumns], std::uint32_t bits, int lane, int width) {
 #pragma unroll
-  for (int i = 0; i < 8; ++i) v[i] = flip_sign(v[i], bits << (31 - i));
+  for (int i = 0; i < kColumns; ++i) v[i] = flip_sign(v[i], bits << (31 - i));
   butterflies(v);
-  lane_butterflies(v, lane, width / 8);
+  lane_butterflies(v, lane, width / kColumns);
 }
 
 // Rotated columns in shared memory: units of four, so that eights that lanes write and read one after another meet no bank twice.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Quantization of tokens that need no rotation, or one inside of warps. All columns of a token are in registers: eight a thread
-// and as many blocks of a cluster as that takes where tokens are few, up to 32 a thread where they are many. Where that does not
+// and as many blocks of a cluster as that takes where tokens are few, 16 or 32 a thread where they are many. Where that does not
 // reach, a block goes over its token twice.
 #include <cooperative_groups.h>
 
@@ -14,8 +14,8 @@ namespace {
 namespace cg = cooperative_groups;
 
 constexpr int kThreads = 512;      // of 32 registers: fits beside a block of few_columns.cu
-constexpr int kFewThreads = 256;   // where tokens are many: what a thread does once counts (expand.cu leaves it room)
-constexpr int kManyTokens = 1024;  // from which on
+constexpr int kManyTokens = 1024;  // from which on the number of instructions counts
+constexpr int kStepGroups = 4;     // eights of a step
 constexpr int kMaxClusterSize = 8;
 constexpr int kSpareMultiprocessors = 4;  // that the products of usual layers leave free
 
@@ -38,14 +38,13 @@ struct Parameters {
   }
 };
 
-// Of a block; `warps`: shared memory.
-template <int kWarps>
-__device__ __forceinline__ std::uint32_t largest_of_block(std::uint32_t largest, std::uint32_t (&warps)[kWarps]) {
+// Of a block; `warps`: shared memory, as many words as it has warps.
+__device__ __forceinline__ std::uint32_t largest_of_block(std::uint32_t largest, std::uint32_t* warps, int num_warps) {
   const int lane = threadIdx.x & 31;
   largest = __reduce_max_sync(0xffffffffu, largest);
   if (lane == 0) warps[threadIdx.x / 32] = largest;
   __syncthreads();
-  return __reduce_max_sync(0xffffffffu, lane < kWarps ? warps[lane] : 0u);
+  return __reduce_max_sync(0xffffffffu, lane < num_warps ? warps[lane] : 0u);
 }
 
 __device__ __forceinline__ void add_sums(const std::int32_t (&sums)[2], int num_planes, std::int32_t* totals) {
@@ -58,25 +57,25 @@ __device__ __forceinline__ void add_sums(const std::int32_t (&sums)[2], int num_
 }
 
 // Blocks of a multiprocessor, at least: that is, registers of a thread.
-constexpr int min_blocks(int threads, int eights) { return 512 / threads * (eights == 1 ? 4 : eights == 2 ? 3 : 2); }
+constexpr int min_blocks(int eights) { return eights == 1 ? 4 : eights == 2 ? 3 : 2; }
 
-// kBlock: threads. kEights: of columns that one holds. kShared: the token is that of `cluster_size` blocks of a cluster.
-template <DType kType, bool kRotated, int kEights, bool kShared, int kBlock>
-__global__ void __launch_bounds__(kBlock, min_blocks(kBlock, kEights))
+// kEights: of columns that a thread holds. kShared: the token is that of `cluster_size` blocks of a cluster.
+template <DType kType, bool kRotated, int kEights, bool kShared>
+__global__ void __launch_bounds__(kThreads, min_blocks(kEights))
     quantize_once_kernel(const __grid_constant__ Parameters p, int cluster_size) {
-  __shared__ std::uint32_t warp_largest[kBlock / 32];
+  __shared__ std::uint32_t warp_largest[kThreads / 32];
   [[maybe_unused]] __shared__ std::uint32_t block_largest[kMaxClusterSize];
   __shared__ std::int32_t totals[2];
   launch_dependents();
   const int num_planes = p.tokens.num_planes, lane = threadIdx.x & 31;
   const int num_groups = static_cast<int>(p.tokens.in_features) / 8, padded_groups = static_cast<int>(p.out.num_chunks) * 16;
-  const int rank = kShared ? blockIdx.x & (cluster_size - 1) : 0, first = rank * kEights * kBlock + threadIdx.x;
+  const int rank = kShared ? blockIdx.x & (cluster_size - 1) : 0, first = rank * kEights * kThreads + threadIdx.x;
   const std::int64_t token = kShared ? blockIdx.x / cluster_size : blockIdx.x;
   std::uint32_t bits[kEights] = {};
   if constexpr (kRotated) {
 #pragma unroll
     for (int e = 0; e < kEights; ++e) {
-      const int group = first + e * kBlock;
+      const int group = first + e * kThreads;
       if (group < num_groups) bits[e] = __ldg(p.tokens.rotation.signs + group / 4) >> (8 * (group & 3));
     }
   }
@@ -86,7 +85,7 @@ __global__ void __launch_bounds__(kBlock, min_blocks(kBlock, kEights))
   float v[kEights][8] = {}, magnitude = 0;
 #pragma unroll
   for (int e = 0; e < kEights; ++e) {
-    const int group = first + e * kBlock;
+    const int group = first + e * kThreads;
     if (group < num_groups) widen_eight<kType>(x + 8 * group, v[e]);
   }
 #pragma unroll
@@ -94,7 +93,7 @@ __global__ void __launch_bounds__(kBlock, min_blocks(kBlock, kEights))
     if constexpr (kRotated) rotate_in_warp(v[e], bits[e], lane, p.tokens.rotation.factors[0]);
     raise(magnitude, v[e]);
   }
-  std::uint32_t largest = largest_of_block(__float_as_uint(magnitude), warp_largest);
+  std::uint32_t largest = largest_of_block(__float_as_uint(magnitude), warp_largest, kThreads / 32);
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   if constexpr (kShared) {
     const cg::cluster_group cluster = cg::this_cluster();
@@ -109,7 +108,7 @@ __global__ void __launch_bounds__(kBlock, min_blocks(kBlock, kEights))
   std::int32_t sums[2] = {};
 #pragma unroll
   for (int e = 0; e < kEights; ++e) {
-    const int group = first + e * kBlock;
+    const int group = first + e * kThreads;
     if (group < padded_groups)  // zeros from num_groups on
       quantize_eight(v[e], scale, num_planes, sums,
                      [&](int plane, std::uint32_t low, std::uint32_t high) { p.store(token, plane, group, low, high); });
@@ -129,6 +128,60 @@ __global__ void __launch_bounds__(kBlock, min_blocks(kBlock, kEights))
   if (p.waits_last) wait_for_dependencies();
 }
 
+// A block a token, a step of 32 columns a thread: half of a rotation's strides between lanes stay in a lane, and a plane's
+// columns are two units of 16 bytes (layout.h).
+template <DType kType, bool kRotated>
+__global__ void __launch_bounds__(kThreads) quantize_steps_kernel(const __grid_constant__ Parameters p) {
+  __shared__ std::uint32_t warp_largest[kThreads / 32];
+  __shared__ std::int32_t totals[2];
+  launch_dependents();
+  const int num_planes = p.tokens.num_planes, step = threadIdx.x, lane = threadIdx.x & 31;
+  const int num_groups = static_cast<int>(p.tokens.in_features) / 8;
+  const std::int64_t token = blockIdx.x;
+  std::uint32_t bits = 0;
+  if constexpr (kRotated) {
+    if (kStepGroups * step < num_groups) bits = __ldg(p.tokens.rotation.signs + step);
+  }
+  if (threadIdx.x < 2) totals[threadIdx.x] = 0;
+  if (!p.waits_last) wait_for_dependencies();
+  const Element<kType>* x = static_cast<const Element<kType>*>(p.tokens.x) + token * p.tokens.in_features;
+  float v[8 * kStepGroups] = {}, magnitude = 0;
+#pragma unroll
+  for (int g = 0; g < kStepGroups; ++g)
+    if (kStepGroups * step + g < num_groups)
+      widen_eight<kType>(x + 8 * (kStepGroups * step + g), *reinterpret_cast<float (*)[8]>(v + 8 * g));
+  if constexpr (kRotated) rotate_in_warp(v, bits, lane, p.tokens.rotation.factors[0]);
+  raise(magnitude, v);
+  const std::uint32_t largest = largest_of_block(__float_as_uint(magnitude), warp_largest, static_cast<int>(blockDim.x) / 32);
+  const TokenScale scale(largest, num_planes, p.tokens.scale_constant);
+  std::int32_t sums[2] = {};
+  if (step < kSteps * p.out.num_chunks) {    // zeros from num_groups on
+    std::uint32_t words[2][2][kStepGroups];  // [plane][half]
+#pragma unroll
+    for (int g = 0; g < kStepGroups; ++g)
+      quantize_eight(*reinterpret_cast<const float (*)[8]>(v + 8 * g), scale, num_planes, sums,
+                     [&](int plane, std::uint32_t low, std::uint32_t high) {
+                       words[plane][0][g] = low;
+                       words[plane][1][g] = high;
+                     });
+    const std::int64_t first = activation_offset(32 * step, token * num_planes, p.out.padded_columns);
+#pragma unroll
+    for (int plane = 0; plane < 2; ++plane) {
+      if (plane == num_planes) break;
+      const std::uintptr_t to = reinterpret_cast<std::uintptr_t>(p.out.data + first + plane * kChunkColumns) ^ (16 * plane);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const auto& unit = words[plane][half];
+        *reinterpret_cast<uint4*>(to ^ (16 * half)) = make_uint4(unit[0], unit[1], unit[2], unit[3]);
+      }
+    }
+  }
+  add_sums(sums, num_planes, totals);
+  __syncthreads();
+  p.finish(token, totals, scale);
+  if (p.waits_last) wait_for_dependencies();
+}
+
 template <DType kType, bool kRotated>
 __global__ void __launch_bounds__(kThreads, 4) quantize_twice_kernel(const __grid_constant__ Parameters p) {
   extern __shared__ float4 rotated_values[];
@@ -143,7 +196,8 @@ __global__ void __launch_bounds__(kThreads, 4) quantize_twice_kernel(const __gri
   const RotatedColumns rotated{p.tokens.rotation.signs, rotated_values, p.tokens.rotation.factors[0]};
   if (threadIdx.x < 2) totals[threadIdx.x] = 0;
   if (!p.waits_last) wait_for_dependencies();
-  const std::uint32_t largest = largest_of_block(largest_magnitude<kRotated, kThreads>(num_groups, rotated, read), warp_largest);
+  const std::uint32_t largest =
+      largest_of_block(largest_magnitude<kRotated, kThreads>(num_groups, rotated, read), warp_largest, kThreads / 32);
   const TokenScale scale(largest, num_planes, p.tokens.scale_constant);
   std::int32_t sums[2] = {};
   quantize_columns<kRotated, kThreads>(
@@ -155,10 +209,10 @@ __global__ void __launch_bounds__(kThreads, 4) quantize_twice_kernel(const __gri
   if (p.waits_last) wait_for_dependencies();
 }
 
-template <DType kType, bool kRotated, int kEights, bool kShared, int kBlock = kThreads>
+template <DType kType, bool kRotated, int kEights, bool kShared>
 void run_once(const Parameters& p, int cluster_size, cudaStream_t stream) {
-  launch_clusters(cluster_size, true, quantize_once_kernel<kType, kRotated, kEights, kShared, kBlock>,
-                  dim3(static_cast<unsigned>(p.tokens.num_tokens * cluster_size)), dim3(kBlock), 0, stream, p, cluster_size);
+  launch_clusters(cluster_size, true, quantize_once_kernel<kType, kRotated, kEights, kShared>,
+                  dim3(static_cast<unsigned>(p.tokens.num_tokens * cluster_size)), dim3(kThreads), 0, stream, p, cluster_size);
 }
 
 template <DType kType, bool kRotated>
@@ -173,7 +227,11 @@ void run(const Parameters& p, cudaStream_t stream) {
   const int most = device.capability >= 90 ? kMaxClusterSize : 1;
   // Where tokens alone fill the device, an exchange between blocks costs more than it hides.
   const bool few = tokens * blocks(1) <= 2 * device.num_sms;
-  if (blocks(1) == 1 && tokens >= kManyTokens) return run_once<kType, kRotated, 2, false, kFewThreads>(p, 1, stream);
+  const std::int64_t steps = p.out.num_chunks * kSteps;
+  const bool in_steps = steps <= kThreads && (!kRotated || p.tokens.rotation.factors[0] >= 8 * kStepGroups);
+  if (in_steps && !few && (tokens >= kManyTokens || blocks(2) > 1))
+    return launch(quantize_steps_kernel<kType, kRotated>, dim3(static_cast<unsigned>(tokens)),
+                  dim3(static_cast<unsigned>(round_up(steps, 32))), 0, stream, p);
   if (blocks(1) == 1) return run_once<kType, kRotated, 1, false>(p, 1, stream);
   // One block with 16 columns a thread is quicker than two that exchange, but its registers do not fit beside a product's block.
   const bool alone = blocks(2) == 1 && tokens <= kSpareMultiprocessors;

@@ -32,9 +32,10 @@ struct RotatedColumns {  // in shared memory; none: nullptr
 
 // `largest` becomes the largest magnitude so far, NaN if there is one: its bits, and those of an infinity, are larger than any
 // number's.
-__device__ __forceinline__ void raise(float& largest, const float (&v)[8]) {
+template <int kColumns>
+__device__ __forceinline__ void raise(float& largest, const float (&v)[kColumns]) {
 #pragma unroll
-  for (int i = 0; i < 8; ++i) asm("max.NaN.f32 %0, %0, %1;" : "+f"(largest) : "f"(fabsf(v[i])));
+  for (int i = 0; i < kColumns; ++i) asm("max.NaN.f32 %0, %0, %1;" : "+f"(largest) : "f"(fabsf(v[i])));
 }
 
 // store(plane, low, high) gets columns 0-3 and 4-7. Adds the activations of each plane to `sums`.
