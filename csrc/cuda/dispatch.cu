@@ -51,20 +51,23 @@ void make_activations(const Tokens& tokens, const Activations& out, bool waits_l
 }
 
 // Of a segment.
-bool takes_prefill(Choice chosen, std::int64_t rows, std::int64_t num_columns) {
+bool takes_prefill(Choice chosen, CodebookId codebook, std::int64_t rows, std::int64_t num_columns, std::int64_t num_chunks) {
   if (!device_properties().has_wgmma) return false;
-  return chosen == Choice::kPrefill || (chosen == Choice::kAuto && prefill_pays(rows, num_columns));
+  return chosen == Choice::kPrefill || (chosen == Choice::kAuto && prefill_pays(codebook, rows, num_columns, num_chunks));
 }
 
 Workspace workspace_of(const CudaPlan& plan, std::int64_t num_tokens, Choice chosen) {
   bool for_prefill = false;
-  for (const Segment& segment : plan.segments) for_prefill |= takes_prefill(chosen, segment.rows, num_tokens * plan.num_planes);
+  for (const Segment& segment : plan.segments)
+    for_prefill |=
+        takes_prefill(chosen, segment.codebook, segment.rows, num_tokens * plan.num_planes, num_chunks(plan.in_features));
   return plan.workspace(num_tokens, for_prefill);
 }
 
 void multiply(Choice chosen, const Activations& a, const Weight& weight, const Output& output, const Scratch& scratch,
               std::uint8_t* expanded, bool first_is_expanded, cudaStream_t stream) {
-  if (takes_prefill(chosen, weight.rows, a.num_columns())) return prefill(a, weight, output, expanded, first_is_expanded, stream);
+  if (takes_prefill(chosen, weight.codebook, weight.rows, a.num_columns(), weight.num_chunks))
+    return prefill(a, weight, output, expanded, first_is_expanded, stream);
   const bool hopper = device_properties().has_wgmma, any = chosen == Choice::kAuto;
   if ((any || chosen == Choice::kFew) && a.num_columns() <= kMaxFewColumns && few_columns(a, weight, output, scratch, stream))
     return;
@@ -120,8 +123,8 @@ void linear(const CudaPlan& plan, const Constants& constants, const Call& call) 
                         call.bias == nullptr ? nullptr : static_cast<const char*>(call.bias) + offset, call.dtype,
                         plan.out_features};
     if (alone && quantize_and_multiply(tokens, weight, output, scratch, call.stream)) return;
-    const bool expands_first = !quantized && takes_prefill(chosen, segment.rows, a.num_columns());
-    if (expands_first) expand_first(weight, expanded, call.stream);
+    const bool expands_first = !quantized && takes_prefill(chosen, segment.codebook, segment.rows, a.num_columns(), a.num_chunks);
+    if (expands_first) expand_first(weight, a.num_columns(), expanded, call.stream);
     if (!quantized) make_activations(tokens, a, expands_first, call.stream);
     quantized = true;
     multiply(chosen, a, weight, output, scratch, expanded, expands_first, call.stream);

@@ -1,15 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-// Packed weights as int8 for one call with many tokens: decoded once, and not again for every tile of columns.
-//
-// Expanded: [row block][chunk][128 rows][128 bytes] int8, each row in the order of an activation column (layout.h): swizzled, and
-// with the same permutation in each step of 32. Blocks have 128 rows; the last one may hold rows that nobody wrote.
+// A weight expanded to int8 in global memory, for prefill_wgmma: [block of 128 rows][chunk][tile of 16 rows][2 KB]. The 2 KB are
+// [8 rows][16 bytes of k][row][byte], twice: what wgmma reads without a swizzle, and what a warp decodes (layout.h), a register
+// at a time.
 #pragma once
+
+#include <algorithm>
+#include <cstdint>
 
 #include "linear.h"
 
 namespace pvq::cuda {
 
 constexpr int kExpandedRows = 128;  // of a block
+constexpr int kBlockTiles = kExpandedRows / kTileRows;
+constexpr int kExpandedTile = kTileRows * kChunkColumns;  // bytes of a tile in a chunk
 constexpr std::int64_t kMaxExpandedBytes = std::int64_t{1} << 28;
 
 // Rows that are expanded at once.
@@ -18,11 +22,56 @@ constexpr std::int64_t expanded_rows(std::int64_t rows, std::int64_t chunks) {
   const std::int64_t most = kMaxExpandedBytes / (chunks * kChunkColumns) / kUnit * kUnit;
   return rows <= most ? round_up(rows, kExpandedRows) : most > 0 ? most : kUnit;
 }
-constexpr std::int64_t expanded_bytes(std::int64_t rows, std::int64_t chunks) {
+
+// Pieces are tiles by a few chunks. They are expanded in the order in which the product, whose clusters take a round of blocks at
+// a time, needs them: the first chunks of all blocks of a round, then the next chunks.
+struct ExpansionOrder {
+  static constexpr int kPieceChunks = 4;
+
+  int blocks, chunks, round_blocks;
+
+  struct Piece {
+    int block, group, tile;  // group: of chunks
+  };
+
+  PVQ_HOST_DEVICE constexpr int groups() const { return (chunks + kPieceChunks - 1) / kPieceChunks; }
+  PVQ_HOST_DEVICE constexpr int pieces() const { return blocks * groups() * kBlockTiles; }
+  PVQ_HOST_DEVICE constexpr Piece at(int i) const {
+    const int round_pieces = round_blocks * groups() * kBlockTiles, round = i / round_pieces, first = round * round_blocks;
+    const int width = (blocks - first < round_blocks ? blocks - first : round_blocks) * kBlockTiles;
+    const int rest = i - round * round_pieces, group = rest / width, local = rest - group * width;
+    return {first + local / kBlockTiles, group, local % kBlockTiles};
+  }
+};
+
+// Scratch memory: the expanded weight, then counters, zero at the start of the product: of pieces that warps have claimed, and
+// for each group of chunks of a block of tiles that are done.
+struct Expansion {
+  const std::uint8_t* weight;  // packed
+  const std::uint32_t* table;
+  std::uint8_t* data;
+  std::uint32_t* counters;
+  ExpansionOrder order;
+  int tiles;          // of the packed weight
+  int groups_before;  // of the first round, by expand(); the product does the others
+
+  // Pieces that expand() does.
+  PVQ_HOST_DEVICE int first() const {
+    return (order.blocks < order.round_blocks ? order.blocks : order.round_blocks) * groups_before * kBlockTiles;
+  }
+  PVQ_HOST_DEVICE int num_counters() const { return 1 + order.blocks * order.groups(); }
+  PVQ_HOST_DEVICE std::uint32_t* done(int block, int group) const { return counters + 1 + block * order.groups() + group; }
+};
+
+constexpr std::int64_t expanded_data_bytes(std::int64_t rows, std::int64_t chunks) {
   return expanded_rows(rows, chunks) * chunks * kChunkColumns;
 }
+constexpr std::int64_t expanded_bytes(std::int64_t rows, std::int64_t chunks) {
+  const std::int64_t groups = (chunks + ExpansionOrder::kPieceChunks - 1) / ExpansionOrder::kPieceChunks;
+  return expanded_data_bytes(rows, chunks) + 4 * (1 + expanded_rows(rows, chunks) / kExpandedRows * groups);
+}
 
-// All rows of `weight`. `expanded` is aligned to 16 bytes. leaves_room: for blocks of the next kernel on every multiprocessor.
-void expand(const Weight& weight, std::uint8_t* expanded, bool leaves_room, cudaStream_t stream);
+// The first pieces, and zeros to the counters. leaves_room: for blocks of the next kernel on every multiprocessor.
+void expand(CodebookId codebook, const Expansion& expansion, bool leaves_room, cudaStream_t stream);
 
 }  // namespace pvq::cuda

@@ -116,11 +116,13 @@ constexpr int kMaxWarpTileColumns = 64;
 bool warp_tiles(const Activations& a, const Weight& weight, const Output& output, cudaStream_t stream);
 void many_columns(const Activations& a, const Weight& weight, const Output& output, const Scratch& scratch, cudaStream_t stream);
 void many_columns_wgmma(const Activations& a, const Weight& weight, const Output& output, cudaStream_t stream);  // sm_90a
+// What it takes by its model, in cycles of an H100.
+double many_columns_wgmma_cycles(CodebookId codebook, std::int64_t rows, std::int64_t num_columns, std::int64_t num_chunks);
 
 // The product for very many columns, sm_90a: expands the weight to int8 once, in scratch memory of expanded_bytes() (expand.h).
-bool prefill_pays(std::int64_t rows, std::int64_t num_columns);
+bool prefill_pays(CodebookId codebook, std::int64_t rows, std::int64_t num_columns, std::int64_t num_chunks);
 // Its beginning, which needs no activations: it can run beside the kernel that makes them (rotate_quantize, waits_last).
-void expand_first(const Weight& weight, std::uint8_t* expanded, cudaStream_t stream);
+void expand_first(const Weight& weight, std::int64_t num_columns, std::uint8_t* expanded, cudaStream_t stream);
 void prefill(const Activations& a, const Weight& weight, const Output& output, std::uint8_t* expanded, bool first_is_expanded,
              cudaStream_t stream);
 

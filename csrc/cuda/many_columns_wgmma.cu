@@ -39,15 +39,24 @@ const Resident& resident_clusters() {
   return resident[device];
 }
 
+WgmmaChoice choose(CodebookId codebook, std::int64_t rows, std::int64_t num_columns, std::int64_t num_chunks) {
+  const DeviceProperties& device = device_properties();
+  if (device.capability != 90) throw std::runtime_error("many_columns_wgmma needs a GPU of compute capability 9.0");
+  WgmmaProblem problem{table_bytes(codebook), rows, num_columns, num_chunks, device.max_shared_bytes};
+  std::copy(resident_clusters().begin(), resident_clusters().end(), problem.resident);
+  return choose_wgmma_schedule(problem);
+}
+
 }  // namespace
+
+double many_columns_wgmma_cycles(CodebookId codebook, std::int64_t rows, std::int64_t num_columns, std::int64_t num_chunks) {
+  return choose(codebook, rows, num_columns, num_chunks).cycles;
+}
 
 void many_columns_wgmma(const Activations& a, const Weight& weight, const Output& output, cudaStream_t stream) {
   if (a.num_columns() <= 0 || weight.rows <= 0) return;
-  const DeviceProperties& device = device_properties();
-  if (device.capability != 90) throw std::runtime_error("many_columns_wgmma needs a GPU of compute capability 9.0");
-  WgmmaProblem problem{table_bytes(weight.codebook), weight.rows, a.num_columns(), weight.num_chunks, device.max_shared_bytes};
-  std::copy(resident_clusters().begin(), resident_clusters().end(), problem.resident);
-  const WgmmaArguments arguments{{a, weight, output}, choose_wgmma_schedule(problem)};
+  const WgmmaArguments arguments{{a, weight, output},
+                                 choose(weight.codebook, weight.rows, a.num_columns(), weight.num_chunks).schedule};
   switch (weight.codebook) {
     case CodebookId::kPvq2:
       return launch_many_columns_wgmma<CodebookId::kPvq2>(arguments, stream);

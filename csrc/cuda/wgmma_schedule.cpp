@@ -29,9 +29,8 @@ void lay_out(const WgmmaProblem& problem, WgmmaSchedule& s) {
 
 }  // namespace
 
-WgmmaSchedule choose_wgmma_schedule(const WgmmaProblem& problem) {
-  WgmmaSchedule best{};
-  double best_cycles = -1;
+WgmmaChoice choose_wgmma_schedule(const WgmmaProblem& problem) {
+  WgmmaChoice best{{}, -1};
   for (int n : kColumns) {
     for (int splits = 1; splits <= kWgmmaMaxSplits; ++splits) {
       if (splits > problem.num_chunks) break;
@@ -46,13 +45,10 @@ WgmmaSchedule choose_wgmma_schedule(const WgmmaProblem& problem) {
       const int rounds = ceil_div(s.tiles(), problem.resident[splits]);
       s.workers = splits > 1 ? s.tiles() : std::min(s.tiles(), problem.resident[splits]);
       const double cycles = rounds * (ceil_div(problem.num_chunks, splits) * chunk_cycles(n) + tile_cycles(n, splits));
-      if (best_cycles < 0 || cycles < best_cycles) {
-        best = s;
-        best_cycles = cycles;
-      }
+      if (best.cycles < 0 || cycles < best.cycles) best = {s, cycles};
     }
   }
-  if (best_cycles < 0) throw std::runtime_error("many_columns_wgmma: no tile fits the shared memory of this GPU");
+  if (best.cycles < 0) throw std::runtime_error("many_columns_wgmma: no tile fits the shared memory of this GPU");
   return best;
 }
 

@@ -64,7 +64,11 @@ struct WgmmaProblem {
   int resident[kWgmmaMaxSplits + 1] = {};  // clusters of 1, 2, ... CTAs that run at a time; [0] is not used
 };
 
-// The fastest by a model of cycles (wgmma_schedule.cpp).
-WgmmaSchedule choose_wgmma_schedule(const WgmmaProblem& problem);
+// The fastest by a model of cycles (wgmma_schedule.cpp), and these.
+struct WgmmaChoice {
+  WgmmaSchedule schedule;
+  double cycles;
+};
+WgmmaChoice choose_wgmma_schedule(const WgmmaProblem& problem);
 
 }  // namespace pvq::cuda

@@ -113,7 +113,14 @@ def test_more_tiles_than_multiprocessors(kit, monkeypatch, kernel, dtype):
         ("pvq3", 4500, 136, "a8", 2300),
         ("int8", 4500, 640, "a16", 1100),
         ("pvq4", 9000, 136, "a8", 512),
-        ("pvq4", 4096, 136, "a8", 2048),  # whole tiles: expanding the weight pays
+        ("pvq4", 4096, 136, "a8", 2048),
+        (
+            "pvq2",
+            2300,
+            2304,
+            "a8",
+            1100,
+        ),  # rounds of whole tiles, pieces of several chunks: expanding the weight pays
     ):
         layer = kit.build_layer([(name, rows)], columns, mode)
         x = kit.random_tokens(tokens, columns, dtype)
@@ -152,6 +159,19 @@ def test_mixed_codebooks_in_one_layer(kit, tokens, mode):
     x = kit.random_tokens(tokens, 96, torch.bfloat16)
     bias = torch.randn(128).bfloat16()
     assert kit.describe_difference(*layer.both(x, bias)) == ""
+
+
+@pytest.mark.parametrize("mode", ["a8", "a16"])
+def test_many_wide_tokens(kit, mode):
+    """A thread quantizes 32 columns: rotated in blocks of 64 to 256 or not at all, also where they fill no step."""
+    wrong = []
+    for columns, blocks in ((1056, 0), (1280, 20), (1280, 10), (1280, 5), (9216, 36), (9224, 0), (16384, 64)):
+        layer = kit.build_layer([("pvq4", 16)], columns, mode, blocks)
+        for tokens in (70, 1030):
+            x = kit.random_tokens(tokens, columns, torch.bfloat16)
+            if difference := kit.describe_difference(*layer.both(x)):
+                wrong.append(f"{columns} columns, {blocks} blocks, {tokens} tokens: {difference}")
+    assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize("rows", [28672, 128256])
@@ -201,10 +221,14 @@ def test_a_token_does_not_depend_on_its_batch(kit):
     assert torch.equal(together, alone)
 
 
-def test_many_calls_in_a_row_and_on_two_streams(kit):
+@pytest.mark.parametrize("kernel, counts", [("auto", (1, 4, 8, 24, 70)), ("prefill", (70, 600))])
+def test_many_calls_in_a_row_and_on_two_streams(kit, monkeypatch, kernel, counts):
     """Workspace and counters are used again by the next call while the last one may still run."""
+    if kernel == "prefill" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("this GPU has no wgmma")
+    monkeypatch.setenv("PVQ_CUDA_KERNEL", kernel)
     layers = [kit.build_layer([(name, 192)], 4096) for name in ("pvq4", "pvq3")]
-    inputs = [kit.random_tokens(tokens, 4096, torch.bfloat16) for tokens in (1, 4, 8, 24, 70)]
+    inputs = [kit.random_tokens(tokens, 4096, torch.bfloat16) for tokens in counts]
     expected = [ops.linear(x, layer.on_cpu, None, layer.rows, layer.plan) for layer in layers for x in inputs]
     on_gpu = [x.cuda() for x in inputs]
     torch.cuda.synchronize()
