@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Butterflies of the rotation (format.md §5) in registers, and a rotation that needs nothing else: blocks of a power of two
-// columns that a warp holds, eight columns a lane.
+// columns that a warp holds, eight or 32 columns a lane.
 #pragma once
 
 #include <cstdint>

@@ -51,23 +51,22 @@ void make_activations(const Tokens& tokens, const Activations& out, bool waits_l
 }
 
 // Of a segment.
-bool takes_prefill(Choice chosen, CodebookId codebook, std::int64_t rows, std::int64_t num_columns, std::int64_t num_chunks) {
+bool takes_prefill(Choice chosen, const Segment& segment, std::int64_t num_columns, std::int64_t num_chunks) {
   if (!device_properties().has_wgmma) return false;
-  return chosen == Choice::kPrefill || (chosen == Choice::kAuto && prefill_pays(codebook, rows, num_columns, num_chunks));
+  return chosen == Choice::kPrefill ||
+         (chosen == Choice::kAuto && prefill_pays(segment.codebook, segment.rows, num_columns, num_chunks));
 }
 
 Workspace workspace_of(const CudaPlan& plan, std::int64_t num_tokens, Choice chosen) {
   bool for_prefill = false;
   for (const Segment& segment : plan.segments)
-    for_prefill |=
-        takes_prefill(chosen, segment.codebook, segment.rows, num_tokens * plan.num_planes, num_chunks(plan.in_features));
+    for_prefill |= takes_prefill(chosen, segment, num_tokens * plan.num_planes, num_chunks(plan.in_features));
   return plan.workspace(num_tokens, for_prefill);
 }
 
+// By every kernel but prefill.
 void multiply(Choice chosen, const Activations& a, const Weight& weight, const Output& output, const Scratch& scratch,
-              std::uint8_t* expanded, bool first_is_expanded, cudaStream_t stream) {
-  if (takes_prefill(chosen, weight.codebook, weight.rows, a.num_columns(), weight.num_chunks))
-    return prefill(a, weight, output, expanded, first_is_expanded, stream);
+              cudaStream_t stream) {
   const bool hopper = device_properties().has_wgmma, any = chosen == Choice::kAuto;
   if ((any || chosen == Choice::kFew) && a.num_columns() <= kMaxFewColumns && few_columns(a, weight, output, scratch, stream))
     return;
@@ -123,11 +122,15 @@ void linear(const CudaPlan& plan, const Constants& constants, const Call& call) 
                         call.bias == nullptr ? nullptr : static_cast<const char*>(call.bias) + offset, call.dtype,
                         plan.out_features};
     if (alone && quantize_and_multiply(tokens, weight, output, scratch, call.stream)) return;
-    const bool expands_first = !quantized && takes_prefill(chosen, segment.codebook, segment.rows, a.num_columns(), a.num_chunks);
+    const bool by_prefill = takes_prefill(chosen, segment, a.num_columns(), a.num_chunks),
+               expands_first = by_prefill && !quantized;
     if (expands_first) expand_first(weight, a.num_columns(), expanded, call.stream);
     if (!quantized) make_activations(tokens, a, expands_first, call.stream);
     quantized = true;
-    multiply(chosen, a, weight, output, scratch, expanded, expands_first, call.stream);
+    if (by_prefill)
+      prefill(a, weight, output, expanded, expands_first, call.stream);
+    else
+      multiply(chosen, a, weight, output, scratch, call.stream);
   }
 }
 

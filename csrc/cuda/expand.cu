@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The part of a weight that prefill_wgmma.cu wants expanded before it starts. A warp takes a tile of a chunk.
+#include <algorithm>
 #include <stdexcept>
 
 #include "expand.cuh"

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// A weight expanded to int8 in global memory, for prefill_wgmma: [block of 128 rows][chunk][tile of 16 rows][2 KB]. The 2 KB are
-// [8 rows][16 bytes of k][row][byte], twice: what wgmma reads without a swizzle, and what a warp decodes (layout.h), a register
-// at a time.
+// A weight expanded to int8 in global memory, for prefill_wgmma: [block of 128 rows][chunk][tile of 16 rows][2 halves of 8 rows]
+// [8 units of 16 bytes of k][8 rows][16 bytes]. wgmma reads the 128 bytes of a unit without a swizzle, and they are one register
+// of a warp that decodes (layout.h).
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
 #include "linear.h"
@@ -19,8 +18,9 @@ constexpr std::int64_t kMaxExpandedBytes = std::int64_t{1} << 28;
 // Rows that are expanded at once.
 constexpr std::int64_t expanded_rows(std::int64_t rows, std::int64_t chunks) {
   constexpr std::int64_t kUnit = 2 * kExpandedRows;
-  const std::int64_t most = kMaxExpandedBytes / (chunks * kChunkColumns) / kUnit * kUnit;
-  return rows <= most ? round_up(rows, kExpandedRows) : most > 0 ? most : kUnit;
+  const std::int64_t most =
+      kMaxExpandedBytes / (chunks * kChunkColumns) / kUnit * kUnit;  // not 0: a layer has at most 65536 columns
+  return rows <= most ? round_up(rows, kExpandedRows) : most;
 }
 
 // Pieces are tiles by a few chunks. They are expanded in the order in which the product, whose clusters take a round of blocks at
@@ -28,7 +28,7 @@ constexpr std::int64_t expanded_rows(std::int64_t rows, std::int64_t chunks) {
 struct ExpansionOrder {
   static constexpr int kPieceChunks = 4;
 
-  int blocks, chunks, round_blocks;
+  int blocks, chunks, round_blocks;  // the last at most `blocks`
 
   struct Piece {
     int block, group, tile;  // group: of chunks
@@ -44,8 +44,8 @@ struct ExpansionOrder {
   }
 };
 
-// Scratch memory: the expanded weight, then counters, zero at the start of the product: of pieces that warps have claimed, and
-// for each group of chunks of a block of tiles that are done.
+// Scratch memory: the expanded weight, then counters, zero at the start of the product: one of the pieces that warps have
+// claimed, and for every block and group of chunks one of the tiles that are done.
 struct Expansion {
   const std::uint8_t* weight;  // packed
   const std::uint32_t* table;
@@ -56,9 +56,7 @@ struct Expansion {
   int groups_before;  // of the first round, by expand(); the product does the others
 
   // Pieces that expand() does.
-  PVQ_HOST_DEVICE int first() const {
-    return (order.blocks < order.round_blocks ? order.blocks : order.round_blocks) * groups_before * kBlockTiles;
-  }
+  PVQ_HOST_DEVICE int first() const { return order.round_blocks * groups_before * kBlockTiles; }
   PVQ_HOST_DEVICE int num_counters() const { return 1 + order.blocks * order.groups(); }
   PVQ_HOST_DEVICE std::uint32_t* done(int block, int group) const { return counters + 1 + block * order.groups() + group; }
 };

@@ -117,16 +117,16 @@ struct Ring {
   }
 };
 
-// Warpgroup multiplication, m64nNk32 of int8. B, and A of multiply(), are in shared memory: B as [column][128 bytes of k] with
-// the 128-byte swizzle.
+// Warpgroup multiplication, m64nNk32 of int8. B is in shared memory, [column][128 bytes of k] with the 128-byte swizzle; A of
+// multiply() too, without a swizzle.
 
-// Eight rows of 16 bytes lie together, 128 bytes before those of the next 16 bytes of k and 1024 before the next eight rows'.
+// A: eight rows of 16 bytes lie together, 128 bytes before those of the next 16 bytes of k and 1024 before the next eight rows'.
 __device__ __forceinline__ std::uint64_t plain_operand(std::uint32_t address) {
   constexpr std::uint32_t kLeading = 128 >> 4, kStride = 1024 >> 4;
   return static_cast<std::uint64_t>(kStride) << 32 | (address >> 4 & 0x3fffu) | kLeading << 16;
 }
 
-// An operand at an address that is aligned to 1024 bytes but for the place in k, a multiple of 32 bytes.
+// B: at an address that is aligned to 1024 bytes but for the place in k, a multiple of 32 bytes.
 __device__ __forceinline__ std::uint64_t swizzled_operand(std::uint32_t address) {
   constexpr std::uint32_t kLeading = 1;         // not used with a swizzle
   constexpr std::uint32_t kStride = 1024 >> 4;  // eight columns of 128 bytes

@@ -50,6 +50,7 @@ constexpr int chunk_bytes(CodebookId id) {
 constexpr std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
+constexpr int ceil_div(std::int64_t a, std::int64_t b) { return static_cast<int>((a + b - 1) / b); }
 constexpr std::int64_t num_chunks(std::int64_t in_features) { return (in_features + kChunkColumns - 1) / kChunkColumns; }
 constexpr std::int64_t padded_rows(std::int64_t rows) { return round_up(rows, kRowAlignment); }
 constexpr std::int64_t weight_bytes(CodebookId id, std::int64_t rows, std::int64_t in_features) {

@@ -35,7 +35,7 @@ inline int largest_dense_order(const Rotation& rotation) {
   return largest;
 }
 
-// One in blocks of a power of two columns that a warp holds, eight a lane.
+// One in blocks of a power of two columns that a warp holds.
 inline bool rotates_in_warps(const Rotation& rotation) {
   const int width = rotation.factors[0];
   return rotation.num_factors == 1 && (width & (width - 1)) == 0 && width >= 8 && width <= 256;

@@ -18,13 +18,13 @@ namespace pvq::cuda {
 namespace {
 
 constexpr int kN = 256, kCluster = 2, kGroups = 2;  // columns, CTAs, warpgroups that multiply
-constexpr int kThreads = kGroups * 128 + 128;       // a warpgroup more: one of its warps copies
+constexpr int kThreads = kGroups * 128 + 128;       // a warpgroup more: one of its warps copies, three expand
 constexpr int kTileHeight = kCluster * kExpandedRows;
 constexpr int kMaxStages = 4;
 constexpr int kWeightBytes = kExpandedRows * kChunkColumns, kHalfBytes = kN / kCluster * kChunkColumns;
 constexpr int kStageBytes = kWeightBytes + kCluster * kHalfBytes;
 constexpr int kMaxDynamicBytes = 227 * 1024;
-constexpr int kGroupsBefore = 4;         // of chunks, expanded beside the kernel that quantizes
+constexpr int kGroupsBefore = 4;         // of chunks, expanded by expand()
 constexpr std::int64_t kPaysFrom = 896;  // columns, at least
 
 // Shared memory by address, from kSharedBase: barriers, gains, the epilogue's areas, digits, stages.
@@ -197,6 +197,7 @@ __device__ __forceinline__ void multiply_tiles(const PrefillArguments& p, std::u
 template <CodebookId kId>
 __global__ void PVQ_CLUSTER(kCluster) __launch_bounds__(kThreads, 1) prefill_kernel(const __grid_constant__ PrefillArguments p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  static_assert(num_stages(kId) >= 3, "fewer cost time");
   extern __shared__ char dynamic[];
   // Within a cluster an address has the number of the CTA in its upper bits.
   const std::uint32_t address = shared_address(dynamic), window = address - kSharedBase;
@@ -268,11 +269,9 @@ Weight part_of(const Weight& weight, std::int64_t first) {
   return part;
 }
 
-int tiles_of(std::int64_t size, int tile) { return static_cast<int>((size + tile - 1) / tile); }
-
 Expansion expansion_of(const Weight& weight, std::uint8_t* expanded, std::int64_t num_columns) {
-  const int blocks = tiles_of(weight.rows, kExpandedRows), chunks = static_cast<int>(weight.num_chunks);
-  const int round = max_workers() / std::min(kPanelTiles, tiles_of(num_columns, kN));
+  const int blocks = ceil_div(weight.rows, kExpandedRows), chunks = static_cast<int>(weight.num_chunks);
+  const int round = max_workers() / std::min(kPanelTiles, ceil_div(num_columns, kN));
   Expansion e{weight.data,
               weight.table,
               expanded,
@@ -288,10 +287,10 @@ Expansion expansion_of(const Weight& weight, std::uint8_t* expanded, std::int64_
 
 bool prefill_pays(CodebookId codebook, std::int64_t rows, std::int64_t num_columns, std::int64_t num_chunks) {
   if (num_columns < kPaysFrom) return false;
-  // By measurements on an H100, in cycles: a chunk of a tile, a tile besides, all before the first one; weights that a
-  // multiprocessor expands in a cycle.
+  // By measurements on an H100, in the cycles of wgmma_schedule.cpp: a chunk of a tile, a tile besides, all before the first one;
+  // weights that a multiprocessor expands in a cycle.
   constexpr double kChunk = 1200, kTile = 2000, kStart = 12000, kExpands = 3.45;
-  const int tiles = tiles_of(rows, kTileHeight) * tiles_of(num_columns, kN), rounds = tiles_of(tiles, max_workers());
+  const int tiles = ceil_div(rows, kTileHeight) * ceil_div(num_columns, kN), rounds = ceil_div(tiles, max_workers());
   const double product = rounds * (static_cast<double>(num_chunks) * kChunk + kTile);
   const double weights = static_cast<double>(rows) * static_cast<double>(num_chunks * kChunkColumns);
   const double expanding = weights / (kExpands * device_properties().num_sms);
@@ -312,8 +311,8 @@ void prefill(const Activations& a, const Weight& weight, const Output& output, s
     if (output.bias != nullptr) part_output.bias = static_cast<const char*>(output.bias) + first * element_bytes;
     const PrefillArguments p{{a, part, part_output},
                              expansion_of(part, expanded, a.num_columns()),
-                             tiles_of(part.rows, kTileHeight),
-                             tiles_of(a.num_columns(), kN)};
+                             ceil_div(part.rows, kTileHeight),
+                             ceil_div(a.num_columns(), kN)};
     if (first > 0 || !first_is_expanded) expand(part.codebook, p.expansion, false, stream);
     start(p, stream);
   }

@@ -206,8 +206,6 @@ __global__ void __launch_bounds__(register_bound(kMaxWarps), 1) warp_tiles_kerne
 #endif
 }
 
-constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
-
 template <CodebookId kId, int kColumnTiles, int kMaxWarps>
 bool run_with(Parameters& p, int most, cudaStream_t stream) {
   const DeviceProperties& device = device_properties();

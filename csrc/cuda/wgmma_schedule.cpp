@@ -8,10 +8,8 @@ namespace {
 
 constexpr int kColumns[] = {128, 256};
 
-int ceil_div(std::int64_t a, std::int64_t b) { return static_cast<int>((a + b - 1) / b); }
-
 // Cycles of a CTA, by which measurements on an H100 rank: a chunk of 128 x 128 weights, and what a tile costs besides, more where
-// CTAs add their sums up.
+// CTAs add their sums up. prefill_pays() compares them with its own.
 double chunk_cycles(int columns) { return columns == 256 ? 1490 : 1080; }
 double tile_cycles(int columns, int splits) { return splits > 1 ? 4000 + 20.0 * columns : 500 + 4.0 * columns; }
 
