@@ -9,6 +9,7 @@
 #include "canonical.h"
 #include "dispatch.h"
 #include "encode.h"
+#include "expand.h"
 #include "launch.h"
 #include "pack.h"
 
@@ -57,6 +58,16 @@ py::dict offsets_of(const CudaPlan& plan, std::int64_t num_tokens) {  // for tes
   d["padded_columns"] = w.padded_columns;
   d["bytes"] = w.bytes;
   return d;
+}
+
+py::list expansion_order(int blocks, int chunks, int round_blocks) {  // for tests: (block, group, tile) of every piece
+  const ExpansionOrder order{blocks, chunks, round_blocks};
+  py::list list;
+  for (int i = 0; i < order.pieces(); ++i) {
+    const ExpansionOrder::Piece piece = order.at(i);
+    list.append(py::make_tuple(piece.block, piece.group, piece.tile));
+  }
+  return list;
 }
 
 Constants constants_at(const std::vector<Address>& tables, Address signs) {
@@ -192,6 +203,7 @@ void bind(py::module_ m) {
       .def("workspace_offsets", &offsets_of);
   py::class_<Constants>(m, "Constants").def(py::init(&constants_at), py::arg("tables"), py::arg("signs"));
 
+  m.def("expansion_order", &expansion_order);
   m.def("device_table", [](int codebook) { return device_table(codebook_id(codebook)); });
   m.def(
       "pack_rows",

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What needs no GPU: the plan of the kernels for GPUs, and what is said where they cannot run."""
 
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -48,6 +49,17 @@ def test_parts_of_the_workspace_do_not_overlap(tokens, mode):
     assert at["token_scale"] >= at["sums"] + 4 * columns
     assert at["bytes"] > at["token_scale"] + 4 * tokens
     assert all(value % 256 == 0 for name, value in at.items() if name != "padded_columns")
+
+
+@built_with_cuda
+@pytest.mark.parametrize(
+    "blocks, chunks, round_blocks",
+    [(1, 1, 1), (1, 5, 1), (3, 4, 2), (16, 32, 16), (47, 33, 22), (225, 32, 16)],
+)
+def test_a_weight_is_expanded_in_the_order_of_the_rounds(blocks, chunks, round_blocks):
+    pieces = _C.cuda.expansion_order(blocks, chunks, round_blocks)
+    every = itertools.product(range(blocks), range(math.ceil(chunks / 4)), range(8))
+    assert pieces == sorted(every, key=lambda piece: (piece[0] // round_blocks, piece[1], piece[0], piece[2]))
 
 
 @built_with_cuda
