@@ -15,6 +15,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -25,6 +26,9 @@ from .calibration import forward_dtype
 from .calibration_data import check_vocabulary, tokenize
 from .memory import check_memory
 from .model_source import ModelSource
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 SEQUENCES, LENGTH = 10, 1024  # that are measured on
 COMPARED = 128  # positions at a time: a vocabulary of 150,000 in float32 for all of them would be 600 MB
@@ -101,25 +105,17 @@ def check_evaluation_memory(source: ModelSource, device: str, instead: str) -> N
 
 def longest_sequence(source: ModelSource) -> int:
     """Return how many tokens of a sequence to measure on: as many as the model has positions for, at most ``LENGTH``."""
-    return min(LENGTH, _positions(source.skeleton))
+    return min(LENGTH, _positions(source.skeleton.config))
 
 
-def _positions(model: torch.nn.Module) -> float:
-    """Return how many positions ``model`` has; infinity if its configuration does not say."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def _positions(config: "PretrainedConfig") -> float:
+    """Return how many positions a model of this configuration has; infinity if it does not say."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     return positions if isinstance(positions, int) and positions > 1 else math.inf
 
 
-def load_model(folder: str | os.PathLike, dtype: torch.dtype, device: str = "cpu") -> torch.nn.Module:
-    """Load a Hugging Face folder, quantized with PVQ or not, for inference on ``device``.
-
-    Raises:
-        PVQError: the folder is missing, damaged, or of a model type that transformers does not know.
-    """
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    folder = Path(folder)
+def _check_folder(folder: Path) -> None:
+    """Raise PVQError unless ``folder`` holds a model that can be loaded."""
     if not folder.is_dir():
         raise PVQError(f"{folder} is not a folder: give the path of a local Hugging Face model")
     quantization = read_json(folder / "config.json", "model folder").get("quantization_config") or {}
@@ -129,10 +125,26 @@ def load_model(folder: str | os.PathLike, dtype: torch.dtype, device: str = "cpu
         check_checkpoint(folder)
     else:
         ModelSource.open(folder)
+
+
+def _load(folder: Path, dtype: torch.dtype, device: str) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
     logging.disable_progress_bar()
     # Onto the device at once: the weights of a PVQ checkpoint are packed for the device that they are loaded on.
     place = {} if device == "cpu" else {"device_map": {"": device}}
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **place).eval()
+
+
+def load_model(folder: str | os.PathLike, dtype: torch.dtype, device: str = "cpu") -> torch.nn.Module:
+    """Load a Hugging Face folder, quantized with PVQ or not, for inference on ``device``.
+
+    Raises:
+        PVQError: the folder is missing, damaged, or of a model type that transformers does not know.
+    """
+    _check_folder(Path(folder))
+    return _load(Path(folder), dtype, device)
 
 
 def evaluate(
@@ -153,22 +165,28 @@ def evaluate(
     Raises:
         PVQError: a folder or the text cannot be used; the sentence names it.
     """
+    from transformers import AutoConfig
+
     if sequences < 1 or length < 2:
         raise PVQError(f"--sequences {sequences} and --length {length} must be at least 1 and 2")
-    ids = tokenize(Path(reference), text_file)
+    folders = [Path(model), Path(reference)]
+    ids = tokenize(folders[1], text_file)
     if len(ids) < sequences * length:
         raise PVQError(
             f"{text_file} has {len(ids):,} tokens, fewer than {sequences} x {length}: use a longer "
             "text, or lower "
             "--sequences or --length"
         )
-    dtype = dtype or forward_dtype(device)
-    models = [load_model(folder, dtype, device) for folder in (model, reference)]
     ids = ids[: sequences * length]
-    check_vocabulary(ids, Path(reference), models[1].get_input_embeddings().weight.shape[0])
-    positions = _positions(models[1])
-    if length > positions:
-        raise PVQError(f"--length is {length}, but {reference} has {positions} positions: lower it")
+    # All that can be wrong before either model is loaded: that takes minutes where they are large.
+    for folder in folders:
+        _check_folder(folder)
+    config = AutoConfig.from_pretrained(folders[1], local_files_only=True)
+    check_vocabulary(ids, folders[1], config.get_text_config().vocab_size)
+    if length > _positions(config):
+        raise PVQError(f"--length is {length}, but {reference} has {_positions(config)} positions: lower it")
+    dtype = dtype or forward_dtype(device)
+    models = [_load(folder, dtype, device) for folder in folders]
     samples = []
     with torch.inference_mode():
         for index, sequence in enumerate(ids.to(device).split(length)):

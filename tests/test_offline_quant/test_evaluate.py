@@ -68,7 +68,8 @@ def test_a_quantized_model_is_near_its_base_and_nearer_with_more_bits(tiny_llama
     assert same["kl_divergence"] == 0 and same["perplexity"] == same["perplexity_reference"]
 
 
-def test_unusable_input_is_named(tiny_llama, tmp_path, monkeypatch):
+def test_unusable_input_is_named_before_anything_is_loaded(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr("offline_quant.evaluate._load", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(PVQError, match="fewer than 1000 x 1000"):
         evaluate(tiny_llama, tiny_llama, evaluation_text(), 1000, 1000)
     with pytest.raises(PVQError, match="nowhere"):
