@@ -3,6 +3,7 @@
 
 #include "encode.h"
 #include "encode_book.cuh"
+#include "with_codebook.h"
 
 namespace pvq::cuda {
 namespace {

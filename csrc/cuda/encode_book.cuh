@@ -1,10 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Codebooks prepared for the kernels of the quantizer (encode.cu, feedback.cu), and their dispatch.
+// Codebooks prepared for the kernels of the quantizer (encode.cu, feedback.cu).
 #pragma once
 
 #include <stdexcept>
-#include <string>
-#include <type_traits>
 
 #include "encode_search.cuh"
 #include "launch.h"
@@ -71,24 +69,6 @@ inline dim3 blocks_of(std::int64_t threads, int block) {
   const std::int64_t blocks = (threads + block - 1) / block;
   if (blocks > 0x7fffffff) throw std::invalid_argument("too many weights for one launch");
   return dim3(static_cast<unsigned>(blocks));
-}
-
-template <CodebookId kId>
-using Id = std::integral_constant<CodebookId, kId>;
-
-template <typename Function>
-void with_codebook(CodebookId id, Function function) {
-  switch (id) {
-    case CodebookId::kPvq2:
-      return function(Id<CodebookId::kPvq2>());
-    case CodebookId::kPvq3:
-      return function(Id<CodebookId::kPvq3>());
-    case CodebookId::kPvq4:
-      return function(Id<CodebookId::kPvq4>());
-    case CodebookId::kInt8:
-      return function(Id<CodebookId::kInt8>());
-  }
-  throw std::invalid_argument("unknown codebook id " + std::to_string(static_cast<int>(id)));
 }
 
 }  // namespace pvq::cuda::encoding

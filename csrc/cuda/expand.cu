@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // The part of a weight that prefill_wgmma.cu wants expanded before it starts. A warp takes a tile of a chunk.
 #include <algorithm>
-#include <stdexcept>
 
 #include "expand.cuh"
 #include "launch.h"
 #include "mma.cuh"
+#include "with_codebook.h"
 
 namespace pvq::cuda {
 namespace {
@@ -73,17 +73,7 @@ void start(const Expansion& p, bool leaves_room, cudaStream_t stream) {
 }  // namespace
 
 void expand(CodebookId codebook, const Expansion& expansion, bool leaves_room, cudaStream_t stream) {
-  switch (codebook) {
-    case CodebookId::kPvq2:
-      return start<CodebookId::kPvq2>(expansion, leaves_room, stream);
-    case CodebookId::kPvq3:
-      return start<CodebookId::kPvq3>(expansion, leaves_room, stream);
-    case CodebookId::kPvq4:
-      return start<CodebookId::kPvq4>(expansion, leaves_room, stream);
-    case CodebookId::kInt8:
-      return start<CodebookId::kInt8>(expansion, leaves_room, stream);
-  }
-  throw std::runtime_error("expand: unknown codebook");
+  with_codebook(codebook, [&](auto id) { start<decltype(id)::value>(expansion, leaves_room, stream); });
 }
 
 }  // namespace pvq::cuda

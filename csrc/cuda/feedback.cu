@@ -4,6 +4,7 @@
 #include "../metric_search.h"
 #include "encode.h"
 #include "encode_book.cuh"
+#include "with_codebook.h"
 
 namespace pvq::cuda {
 namespace {

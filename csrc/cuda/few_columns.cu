@@ -15,6 +15,7 @@
 #include "linear.h"
 #include "mma.cuh"
 #include "quantize.cuh"
+#include "with_codebook.h"
 
 namespace pvq::cuda {
 namespace {
@@ -363,17 +364,7 @@ template <bool kFused>
 bool run_codebook(Parameters& p, std::int64_t num_columns, cudaStream_t stream) {
   p.num_columns = static_cast<int>(num_columns);
   p.stored_columns = num_columns <= 2 ? p.num_columns : num_columns <= 4 ? 4 : static_cast<int>(round_up(num_columns, 8));
-  switch (p.weight.codebook) {
-    case CodebookId::kPvq2:
-      return run_columns<CodebookId::kPvq2, kFused>(p, stream);
-    case CodebookId::kPvq3:
-      return run_columns<CodebookId::kPvq3, kFused>(p, stream);
-    case CodebookId::kPvq4:
-      return run_columns<CodebookId::kPvq4, kFused>(p, stream);
-    case CodebookId::kInt8:
-      return run_columns<CodebookId::kInt8, kFused>(p, stream);
-  }
-  return false;
+  return with_codebook(p.weight.codebook, [&](auto id) { return run_columns<decltype(id)::value, kFused>(p, stream); });
 }
 
 }  // namespace

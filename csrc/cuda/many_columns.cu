@@ -14,6 +14,7 @@
 #include "launch.h"
 #include "linear.h"
 #include "mma.cuh"
+#include "with_codebook.h"
 
 namespace pvq::cuda {
 namespace {
@@ -335,16 +336,7 @@ void many_columns(const Activations& a, const Weight& weight, const Output& outp
   if (weight.rows == 0 || a.num_tokens == 0) return;
   const Shape shape = choose_shape(weight.rows, a.num_columns(), static_cast<int>(weight.num_chunks), scratch);
   Parameters p{a, weight, output, scratch, static_cast<int>(padded_rows(weight.rows) / kTileRows), 0, 0, shape.splits};
-  switch (weight.codebook) {
-    case CodebookId::kPvq2:
-      return run_tiles<CodebookId::kPvq2>(p, shape.tiles, stream);
-    case CodebookId::kPvq3:
-      return run_tiles<CodebookId::kPvq3>(p, shape.tiles, stream);
-    case CodebookId::kPvq4:
-      return run_tiles<CodebookId::kPvq4>(p, shape.tiles, stream);
-    case CodebookId::kInt8:
-      return run_tiles<CodebookId::kInt8>(p, shape.tiles, stream);
-  }
+  with_codebook(weight.codebook, [&](auto id) { run_tiles<decltype(id)::value>(p, shape.tiles, stream); });
 }
 
 }  // namespace pvq::cuda

@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "many_columns_wgmma.cuh"
+#include "with_codebook.h"
 
 namespace pvq::cuda {
 namespace {
@@ -57,17 +58,7 @@ void many_columns_wgmma(const Activations& a, const Weight& weight, const Output
   if (a.num_columns() <= 0 || weight.rows <= 0) return;
   const WgmmaArguments arguments{{a, weight, output},
                                  choose(weight.codebook, weight.rows, a.num_columns(), weight.num_chunks).schedule};
-  switch (weight.codebook) {
-    case CodebookId::kPvq2:
-      return launch_many_columns_wgmma<CodebookId::kPvq2>(arguments, stream);
-    case CodebookId::kPvq3:
-      return launch_many_columns_wgmma<CodebookId::kPvq3>(arguments, stream);
-    case CodebookId::kPvq4:
-      return launch_many_columns_wgmma<CodebookId::kPvq4>(arguments, stream);
-    case CodebookId::kInt8:
-      return launch_many_columns_wgmma<CodebookId::kInt8>(arguments, stream);
-  }
-  throw std::runtime_error("many_columns_wgmma: unknown codebook");
+  with_codebook(weight.codebook, [&](auto id) { launch_many_columns_wgmma<decltype(id)::value>(arguments, stream); });
 }
 
 }  // namespace pvq::cuda

@@ -6,6 +6,7 @@
 #include "linear.h"
 #include "pack.h"
 #include "pack_layout.h"
+#include "with_codebook.h"
 
 namespace pvq::cuda {
 namespace {
@@ -155,32 +156,14 @@ void pack_rows(CodebookId codebook, const std::uint8_t* codes, std::int64_t rows
     std::copy_n(book.gains[0], kMaxGains, p.gains);
     p.num_shapes = num_shapes(book);
   }
-  switch (codebook) {
-    case CodebookId::kPvq2:
-      return run_pack<CodebookId::kPvq2>(p, stream);
-    case CodebookId::kPvq3:
-      return run_pack<CodebookId::kPvq3>(p, stream);
-    case CodebookId::kPvq4:
-      return run_pack<CodebookId::kPvq4>(p, stream);
-    case CodebookId::kInt8:
-      return run_pack<CodebookId::kInt8>(p, stream);
-  }
+  with_codebook(codebook, [&](auto id) { run_pack<decltype(id)::value>(p, stream); });
 }
 
 void unpack_rows(CodebookId codebook, const std::uint8_t* weight, std::int64_t first_row, std::int64_t rows,
                  std::int64_t in_features, const std::uint32_t* table, std::int8_t* q, cudaStream_t stream) {
   if (rows <= 0 || in_features <= 0) return;
   const UnpackParameters p{weight, table, rows, in_features, first_row, count_pairs(first_row, rows, in_features), q};
-  switch (codebook) {
-    case CodebookId::kPvq2:
-      return run_unpack<CodebookId::kPvq2>(p, stream);
-    case CodebookId::kPvq3:
-      return run_unpack<CodebookId::kPvq3>(p, stream);
-    case CodebookId::kPvq4:
-      return run_unpack<CodebookId::kPvq4>(p, stream);
-    case CodebookId::kInt8:
-      return run_unpack<CodebookId::kInt8>(p, stream);
-  }
+  with_codebook(codebook, [&](auto id) { run_unpack<decltype(id)::value>(p, stream); });
 }
 
 }  // namespace pvq::cuda

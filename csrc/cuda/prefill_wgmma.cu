@@ -7,12 +7,12 @@
 // While they finish a tile, the copies of the next one run. Meanwhile three warps expand what has not been expanded yet: pieces
 // that they claim one after another, so that none waits for a CTA that does not run.
 #include <algorithm>
-#include <stdexcept>
 
 #include "expand.cuh"
 #include "hopper.cuh"
 #include "launch.h"
 #include "wgmma_finish.cuh"
+#include "with_codebook.h"
 
 namespace pvq::cuda {
 namespace {
@@ -246,20 +246,6 @@ void start(const PrefillArguments& p, cudaStream_t stream) {
          stream, p);
 }
 
-void start(const PrefillArguments& p, cudaStream_t stream) {
-  switch (p.weight.codebook) {
-    case CodebookId::kPvq2:
-      return start<CodebookId::kPvq2>(p, stream);
-    case CodebookId::kPvq3:
-      return start<CodebookId::kPvq3>(p, stream);
-    case CodebookId::kPvq4:
-      return start<CodebookId::kPvq4>(p, stream);
-    case CodebookId::kInt8:
-      return start<CodebookId::kInt8>(p, stream);
-  }
-  throw std::runtime_error("prefill: unknown codebook");
-}
-
 // The rows from `first` on that are expanded at once.
 Weight part_of(const Weight& weight, std::int64_t first) {
   Weight part = weight;
@@ -314,7 +300,7 @@ void prefill(const Activations& a, const Weight& weight, const Output& output, s
                              ceil_div(part.rows, kTileHeight),
                              ceil_div(a.num_columns(), kN)};
     if (first > 0 || !first_is_expanded) expand(part.codebook, p.expansion, false, stream);
-    start(p, stream);
+    with_codebook(part.codebook, [&](auto id) { start<decltype(id)::value>(p, stream); });
   }
 }
 

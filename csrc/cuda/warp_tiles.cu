@@ -13,6 +13,7 @@
 #include "launch.h"
 #include "linear.h"
 #include "mma.cuh"
+#include "with_codebook.h"
 
 namespace pvq::cuda {
 namespace {
@@ -252,17 +253,7 @@ bool warp_tiles(const Activations& a, const Weight& weight, const Output& output
   p.a = a;
   p.weight = weight;
   p.output = output;
-  switch (weight.codebook) {
-    case CodebookId::kPvq2:
-      return run_columns<CodebookId::kPvq2>(p, stream);
-    case CodebookId::kPvq3:
-      return run_columns<CodebookId::kPvq3>(p, stream);
-    case CodebookId::kPvq4:
-      return run_columns<CodebookId::kPvq4>(p, stream);
-    case CodebookId::kInt8:
-      return run_columns<CodebookId::kInt8>(p, stream);
-  }
-  return false;
+  return with_codebook(weight.codebook, [&](auto id) { return run_columns<decltype(id)::value>(p, stream); });
 }
 
 }  // namespace pvq::cuda
