@@ -73,10 +73,6 @@ __device__ __forceinline__ uint2 shared_pair(std::uint32_t address) {
   return pair;
 }
 
-__device__ __forceinline__ void store_shared(std::uint32_t address, std::uint32_t word) {
-  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
-}
-
 constexpr std::uint32_t kLowNibbles = 0x0f0f0f0fu, kLowBits = 0x01010101u;
 
 // Read once and never again: past the first-level cache.

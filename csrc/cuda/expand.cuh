@@ -14,9 +14,10 @@ struct ExpandedChunk {
   std::uint8_t* to;
 
   ExpandedChunk() = default;
-  __device__ __forceinline__ ExpandedChunk(const Expansion& e, const ExpansionOrder::Piece& piece, int chunk) {
+  __device__ __forceinline__ ExpandedChunk(const Weight& weight, const Expansion& e, const ExpansionOrder::Piece& piece,
+                                           int chunk) {
     const std::int64_t chunks = e.order.chunks;
-    from = e.weight + (static_cast<std::int64_t>(piece.block * kBlockTiles + piece.tile) * chunks + chunk) * chunk_bytes(kId);
+    from = weight.data + (static_cast<std::int64_t>(piece.block * kBlockTiles + piece.tile) * chunks + chunk) * chunk_bytes(kId);
     to = e.data + ((piece.block * chunks + chunk) * kBlockTiles + piece.tile) * kExpandedTile;
   }
   __device__ __forceinline__ void next() {

@@ -36,6 +36,7 @@ struct ExpansionOrder {
 
   PVQ_HOST_DEVICE constexpr int groups() const { return (chunks + kPieceChunks - 1) / kPieceChunks; }
   PVQ_HOST_DEVICE constexpr int pieces() const { return blocks * groups() * kBlockTiles; }
+  PVQ_HOST_DEVICE constexpr int counters() const { return 1 + blocks * groups(); }
   PVQ_HOST_DEVICE constexpr Piece at(int i) const {
     const int round_pieces = round_blocks * groups() * kBlockTiles, round = i / round_pieces, first = round * round_blocks;
     const int width = (blocks - first < round_blocks ? blocks - first : round_blocks) * kBlockTiles;
@@ -47,17 +48,16 @@ struct ExpansionOrder {
 // Scratch memory: the expanded weight, then counters, zero at the start of the product: one of the pieces that warps have
 // claimed, and for every block and group of chunks one of the tiles that are done.
 struct Expansion {
-  const std::uint8_t* weight;  // packed
-  const std::uint32_t* table;
   std::uint8_t* data;
   std::uint32_t* counters;
   ExpansionOrder order;
   int tiles;          // of the packed weight
   int groups_before;  // of the first round, by expand(); the product does the others
 
+  // The rows of a block's last tiles may be past those of the packed weight.
+  PVQ_HOST_DEVICE bool exists(const ExpansionOrder::Piece& piece) const { return piece.block * kBlockTiles + piece.tile < tiles; }
   // Pieces that expand() does.
   PVQ_HOST_DEVICE int first() const { return order.round_blocks * groups_before * kBlockTiles; }
-  PVQ_HOST_DEVICE int num_counters() const { return 1 + order.blocks * order.groups(); }
   PVQ_HOST_DEVICE std::uint32_t* done(int block, int group) const { return counters + 1 + block * order.groups() + group; }
 };
 
@@ -65,11 +65,11 @@ constexpr std::int64_t expanded_data_bytes(std::int64_t rows, std::int64_t chunk
   return expanded_rows(rows, chunks) * chunks * kChunkColumns;
 }
 constexpr std::int64_t expanded_bytes(std::int64_t rows, std::int64_t chunks) {
-  const std::int64_t groups = (chunks + ExpansionOrder::kPieceChunks - 1) / ExpansionOrder::kPieceChunks;
-  return expanded_data_bytes(rows, chunks) + 4 * (1 + expanded_rows(rows, chunks) / kExpandedRows * groups);
+  const ExpansionOrder order{ceil_div(expanded_rows(rows, chunks), kExpandedRows), static_cast<int>(chunks), 0};
+  return expanded_data_bytes(rows, chunks) + 4 * order.counters();
 }
 
 // The first pieces, and zeros to the counters. leaves_room: for blocks of the next kernel on every multiprocessor.
-void expand(CodebookId codebook, const Expansion& expansion, bool leaves_room, cudaStream_t stream);
+void expand(const Weight& weight, const Expansion& expansion, bool leaves_room, cudaStream_t stream);
 
 }  // namespace pvq::cuda

@@ -21,8 +21,7 @@ constexpr int kN = 256, kCluster = 2, kGroups = 2;  // columns, CTAs, warpgroups
 constexpr int kThreads = kGroups * 128 + 128;       // a warpgroup more: one of its warps copies, three expand
 constexpr int kTileHeight = kCluster * kExpandedRows;
 constexpr int kMaxStages = 4;
-constexpr int kWeightBytes = kExpandedRows * kChunkColumns, kHalfBytes = kN / kCluster * kChunkColumns;
-constexpr int kStageBytes = kWeightBytes + kCluster * kHalfBytes;
+constexpr int kWeightBytes = kExpandedRows * kChunkColumns, kStageBytes = kWeightBytes + kN * kChunkColumns;
 constexpr int kMaxDynamicBytes = 227 * 1024;
 constexpr int kGroupsBefore = 4;         // of chunks, expanded by expand()
 constexpr std::int64_t kPaysFrom = 896;  // columns, at least
@@ -99,10 +98,9 @@ __device__ __forceinline__ void copy_tiles(const PrefillArguments& p, std::uint3
 
 // Expands what expand() has left. A warp.
 template <CodebookId kId>
-__device__ __forceinline__ void expand_rest(const Expansion& e, std::uint32_t window, int lane) {
+__device__ __forceinline__ void expand_rest(const Weight& weight, const Expansion& e, std::uint32_t window, int lane) {
   const int pieces = e.order.pieces();
   const auto claim = [&] { return lane == 0 ? e.first() + static_cast<int>(atomicAdd(e.counters, 1u)) : 0; };
-  const auto shared = [](int value) { return __shfl_sync(0xffffffffu, value, 0); };
   const Tables tables{window + digits_address(kId), window + kSharedGains};
   if constexpr (table_bytes(kId) > 0) wait_barrier(window + kTableBarrier, 0);
 
@@ -114,15 +112,15 @@ __device__ __forceinline__ void expand_rest(const Expansion& e, std::uint32_t wi
   LaneChunk<kId> packed{};
   int claimed = claim();
   const auto start_piece = [&] {
-    const int i = shared(claimed);
+    const int i = __shfl_sync(0xffffffffu, claimed, 0);
     if (i >= pieces) return false;
     claimed = claim();
     const ExpansionOrder::Piece piece = e.order.at(i);
     const int chunk = piece.group * ExpansionOrder::kPieceChunks;
-    ahead = ExpandedChunk<kId>(e, piece, chunk);
+    ahead = ExpandedChunk<kId>(weight, e, piece, chunk);
     chunks_left = min(ExpansionOrder::kPieceChunks, e.order.chunks - chunk);
     done = e.done(piece.block, piece.group);
-    exists = piece.block * kBlockTiles + piece.tile < e.tiles;
+    exists = e.exists(piece);
     if (exists) packed.load(ahead.from, lane);
     return true;
   };
@@ -224,7 +222,7 @@ __global__ void PVQ_CLUSTER(kCluster) __launch_bounds__(kThreads, 1) prefill_ker
     shrink_registers<kSpareRegisters>();
     wait_for_dependencies();
     if (warp > kGroups * 4)
-      expand_rest<kId>(p.expansion, window, lane);
+      expand_rest<kId>(p.weight, p.expansion, window, lane);
     else if (lane == 0)
       copy_tiles<kId>(p, window, rank, worker, workers);
   } else {
@@ -258,15 +256,9 @@ Weight part_of(const Weight& weight, std::int64_t first) {
 Expansion expansion_of(const Weight& weight, std::uint8_t* expanded, std::int64_t num_columns) {
   const int blocks = ceil_div(weight.rows, kExpandedRows), chunks = static_cast<int>(weight.num_chunks);
   const int round = max_workers() / std::min(kPanelTiles, ceil_div(num_columns, kN));
-  Expansion e{weight.data,
-              weight.table,
-              expanded,
-              reinterpret_cast<std::uint32_t*>(expanded + expanded_data_bytes(weight.rows, chunks)),
-              {blocks, chunks, std::min(blocks, kCluster * std::max(round, 1))},
-              static_cast<int>(padded_rows(weight.rows) / kTileRows),
-              0};
-  e.groups_before = std::min(kGroupsBefore, e.order.groups());
-  return e;
+  const ExpansionOrder order{blocks, chunks, std::min(blocks, kCluster * std::max(round, 1))};
+  return {expanded, reinterpret_cast<std::uint32_t*>(expanded + expanded_data_bytes(weight.rows, chunks)), order,
+          static_cast<int>(padded_rows(weight.rows) / kTileRows), std::min(kGroupsBefore, order.groups())};
 }
 
 }  // namespace
@@ -284,7 +276,8 @@ bool prefill_pays(CodebookId codebook, std::int64_t rows, std::int64_t num_colum
 }
 
 void expand_first(const Weight& weight, std::int64_t num_columns, std::uint8_t* expanded, cudaStream_t stream) {
-  expand(weight.codebook, expansion_of(part_of(weight, 0), expanded, num_columns), true, stream);
+  const Weight part = part_of(weight, 0);
+  expand(part, expansion_of(part, expanded, num_columns), true, stream);
 }
 
 void prefill(const Activations& a, const Weight& weight, const Output& output, std::uint8_t* expanded, bool first_is_expanded,
@@ -299,7 +292,7 @@ void prefill(const Activations& a, const Weight& weight, const Output& output, s
                              expansion_of(part, expanded, a.num_columns()),
                              ceil_div(part.rows, kTileHeight),
                              ceil_div(a.num_columns(), kN)};
-    if (first > 0 || !first_is_expanded) expand(part.codebook, p.expansion, false, stream);
+    if (first > 0 || !first_is_expanded) expand(part, p.expansion, false, stream);
     with_codebook(part.codebook, [&](auto id) { start<decltype(id)::value>(p, stream); });
   }
 }
