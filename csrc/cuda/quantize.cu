@@ -24,10 +24,14 @@ struct Parameters {
   Activations out;
   bool waits_last;
 
-  // Eight columns of a plane of a token.
+  // Where a plane of a token is stored from `column`, a multiple of 8, on; four columns further: ^ 16 (layout.h).
+  __device__ __forceinline__ std::uintptr_t place(std::int64_t token, int plane, int column) const {
+    const std::int64_t first = activation_offset(column, token * tokens.num_planes, out.padded_columns);
+    return reinterpret_cast<std::uintptr_t>(out.data + first + plane * kChunkColumns) ^ (16 * plane);
+  }
+  // Eight columns.
   __device__ __forceinline__ void store(std::int64_t token, int plane, int group, std::uint32_t low, std::uint32_t high) const {
-    const std::int64_t first = activation_offset(8 * group, token * tokens.num_planes, out.padded_columns);
-    const std::uintptr_t to = reinterpret_cast<std::uintptr_t>(out.data + first + plane * kChunkColumns) ^ (16 * plane);
+    const std::uintptr_t to = place(token, plane, 8 * group);
     *reinterpret_cast<std::uint32_t*>(to) = low;
     *reinterpret_cast<std::uint32_t*>(to ^ 16) = high;
   }
@@ -164,11 +168,10 @@ __global__ void __launch_bounds__(kThreads) quantize_steps_kernel(const __grid_c
                        words[plane][0][g] = low;
                        words[plane][1][g] = high;
                      });
-    const std::int64_t first = activation_offset(32 * step, token * num_planes, p.out.padded_columns);
 #pragma unroll
     for (int plane = 0; plane < 2; ++plane) {
       if (plane == num_planes) break;
-      const std::uintptr_t to = reinterpret_cast<std::uintptr_t>(p.out.data + first + plane * kChunkColumns) ^ (16 * plane);
+      const std::uintptr_t to = p.place(token, plane, 8 * kStepGroups * step);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const auto& unit = words[plane][half];

@@ -42,9 +42,14 @@ MORE_ROTATIONS = {(272, 1), (304, 1), (2304, 1), (2816, 1), (1920, 1), (8192, 1)
 MORE_ROTATIONS |= {(1056, 33), (1056, 0), (9224, 0), (9216, 36), (16384, 64)}
 
 
-def force(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if kernel in ("tiles", "wgmma", "prefill") and torch.cuda.get_device_capability() != (9, 0):
+def need_wgmma() -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("this GPU has no wgmma")
+
+
+def force(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kernel in ("tiles", "wgmma", "prefill"):
+        need_wgmma()
     monkeypatch.setenv("PVQ_CUDA_KERNEL", kernel)
 
 
@@ -127,10 +132,9 @@ def test_more_tiles_than_multiprocessors(kit, monkeypatch, kernel, dtype):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_expanding_while_multiplying(kit, monkeypatch, name):
+def test_expanding_while_multiplying(kit, name):
     """Where it pays: rounds of several tiles, whose weights are expanded in pieces of several chunks, most of them meanwhile."""
-    force("prefill", monkeypatch)
-    monkeypatch.setenv("PVQ_CUDA_KERNEL", "auto")
+    need_wgmma()
     tokens, rows = 1536, 6000
     layer = kit.build_layer([(name, rows)], 4096)
     plan = cuda_constants.make_plan(layer.plan)
