@@ -12,6 +12,7 @@
 #include "expand.h"
 #include "launch.h"
 #include "pack.h"
+#include "wgmma_schedule.h"
 
 namespace py = pybind11;
 
@@ -66,6 +67,18 @@ py::list expansion_order(int blocks, int chunks, int round_blocks) {  // for tes
   for (int i = 0; i < order.pieces(); ++i) {
     const ExpansionOrder::Piece piece = order.at(i);
     list.append(py::make_tuple(piece.block, piece.group, piece.tile));
+  }
+  return list;
+}
+
+py::list tile_order(int row_tiles, int column_tiles, int panel_shift, int first,
+                    int count) {  // for tests: (row tile, column tile)
+  const TileOrder order(row_tiles, column_tiles, panel_shift);
+  py::list list;
+  for (int tile = first; tile < first + count; ++tile) {
+    int row_tile, column_tile;
+    order.place(tile, row_tile, column_tile);
+    list.append(py::make_tuple(row_tile, column_tile));
   }
   return list;
 }
@@ -204,6 +217,7 @@ void bind(py::module_ m) {
   py::class_<Constants>(m, "Constants").def(py::init(&constants_at), py::arg("tables"), py::arg("signs"));
 
   m.def("expansion_order", &expansion_order);
+  m.def("tile_order", &tile_order);
   m.def("device_table", [](int codebook) { return device_table(codebook_id(codebook)); });
   m.def(
       "pack_rows",

@@ -73,6 +73,25 @@ __device__ __forceinline__ uint2 shared_pair(std::uint32_t address) {
   return pair;
 }
 
+__device__ __forceinline__ int4 shared_quad(std::uint32_t address) {
+  int4 quad;
+  asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(quad.x), "=r"(quad.y), "=r"(quad.z), "=r"(quad.w)
+               : "r"(address)
+               : "memory");
+  return quad;
+}
+
+__device__ __forceinline__ void store_shared(std::uint32_t address, int4 quad) {
+  asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(quad.x), "r"(quad.y), "r"(quad.z), "r"(quad.w)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_global(void* address, int4 quad) {
+  asm volatile("st.global.v4.s32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(quad.x), "r"(quad.y), "r"(quad.z), "r"(quad.w)
+               : "memory");
+}
+
 constexpr std::uint32_t kLowNibbles = 0x0f0f0f0fu, kLowBits = 0x01010101u;
 
 // Read once and never again: past the first-level cache.
@@ -95,18 +114,29 @@ __device__ __forceinline__ std::uint32_t word_of(const uint4& v, int i) {
 __device__ __forceinline__ std::uint32_t word_of(const uint2& v, int i) { return i == 0 ? v.x : v.y; }
 
 // One chunk of one lane. load(): from global memory; read(): from a copy in shared memory. decode(): step s (a compile-time
-// constant after unrolling) to a[0] = row g low, a[1] = row g + 8 low, a[2] = row g high, a[3] = row g + 8 high.
+// constant after unrolling) to a[0] = row g low, a[1] = row g + 8 low, a[2] = row g high, a[3] = row g + 8 high. Its two halves:
+// find(), the look-ups, and expand(), the arithmetic, can be apart, so that other work hides the latency between them.
 template <CodebookId kId>
 struct LaneChunk;
 
+// Of pvq3 and pvq4: both groups of a step.
+struct FoundStep {
+  std::uint32_t digits[2];
+  uint2 gains[2];  // GainPair
+};
+__device__ __forceinline__ void find_joined(std::uint32_t code, const Tables& tables, FoundStep& found) {
+  found.digits[0] = shared_word((code & 0x7ffcu) | tables.digits);
+  found.digits[1] = shared_word(((code >> 16) & 0x7ffcu) | tables.digits);
+  found.gains[0] = shared_pair(((code >> 12) & 0x38u) | tables.gains);
+  found.gains[1] = shared_pair((__funnelshift_l(code, code, 4) & 0x38u) | tables.gains);
+}
+
 // The magnitudes of both groups of a step, pvq3 and pvq4. `refinement`: bits already at bit 3 - leaf of each byte, or 0.
 template <bool kRefined>
-__device__ __forceinline__ void decode_joined(std::uint32_t code, std::uint32_t bits, std::uint32_t sign_source,
-                                              const Tables& tables, std::uint32_t (&a)[4]) {
-  const std::uint32_t digits0 = shared_word((code & 0x7ffcu) | tables.digits);
-  const std::uint32_t digits1 = shared_word(((code >> 16) & 0x7ffcu) | tables.digits);
-  const uint2 gain0 = shared_pair(((code >> 12) & 0x38u) | tables.gains);  // GainPair
-  const uint2 gain1 = shared_pair((__funnelshift_l(code, code, 4) & 0x38u) | tables.gains);
+__device__ __forceinline__ void expand_joined(const FoundStep& found, std::uint32_t bits, std::uint32_t sign_source,
+                                              std::uint32_t (&a)[4]) {
+  const std::uint32_t digits0 = found.digits[0], digits1 = found.digits[1];
+  const uint2 gain0 = found.gains[0], gain1 = found.gains[1];
   std::uint32_t j0, j1, j2, j3;  // by leaf
   if constexpr (kRefined) {
     j0 = ((digits0 << 1) & (kLowNibbles << 1)) | ((bits >> 3) & kLowBits);
@@ -127,6 +157,8 @@ __device__ __forceinline__ void decode_joined(std::uint32_t code, std::uint32_t 
 
 template <>
 struct LaneChunk<CodebookId::kPvq4> {
+  using Found = FoundStep[kSteps];
+
   uint4 code, bits;
   __device__ __forceinline__ void load(const std::uint8_t* chunk, int lane) {
     code = load_stream(reinterpret_cast<const uint4*>(chunk) + lane);
@@ -136,13 +168,25 @@ struct LaneChunk<CodebookId::kPvq4> {
     code = *(reinterpret_cast<const uint4*>(chunk) + lane);
     bits = *(reinterpret_cast<const uint4*>(chunk) + 32 + lane);
   }
+  __device__ __forceinline__ void find(const Tables& tables, Found& found) const {
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) find_joined(word_of(code, s), tables, found[s]);
+  }
+  __device__ __forceinline__ void expand(int s, const FoundStep& found, std::uint32_t (&a)[4]) const {
+    expand_joined<true>(found, word_of(bits, s), word_of(bits, s), a);
+  }
+  __device__ __forceinline__ void expand(int s, const Found& found, std::uint32_t (&a)[4]) const { expand(s, found[s], a); }
   __device__ __forceinline__ void decode(int s, const Tables& tables, std::uint32_t (&a)[4]) const {
-    decode_joined<true>(word_of(code, s), word_of(bits, s), word_of(bits, s), tables, a);
+    FoundStep found;
+    find_joined(word_of(code, s), tables, found);
+    expand(s, found, a);
   }
 };
 
 template <>
 struct LaneChunk<CodebookId::kPvq3> {
+  using Found = FoundStep[kSteps];
+
   uint4 code;
   uint2 bits;
   __device__ __forceinline__ void load(const std::uint8_t* chunk, int lane) {
@@ -153,31 +197,58 @@ struct LaneChunk<CodebookId::kPvq3> {
     code = *(reinterpret_cast<const uint4*>(chunk) + lane);
     bits = *(reinterpret_cast<const uint2*>(chunk + 512) + lane);
   }
+  __device__ __forceinline__ void find(const Tables& tables, Found& found) const {
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) find_joined(word_of(code, s), tables, found[s]);
+  }
+  __device__ __forceinline__ void expand(int s, const FoundStep& found, std::uint32_t (&a)[4]) const {
+    expand_joined<false>(found, 0, word_of(bits, s / 2) << (4 * (s & 1)), a);
+  }
+  __device__ __forceinline__ void expand(int s, const Found& found, std::uint32_t (&a)[4]) const { expand(s, found[s], a); }
   __device__ __forceinline__ void decode(int s, const Tables& tables, std::uint32_t (&a)[4]) const {
-    decode_joined<false>(word_of(code, s), 0, word_of(bits, s / 2) << (4 * (s & 1)), tables, a);
+    FoundStep found;
+    find_joined(word_of(code, s), tables, found);
+    expand(s, found, a);
   }
 };
 
 template <>
 struct LaneChunk<CodebookId::kPvq2> {
+  using Found = uint2[kSteps][2];  // by group
+
   uint4 words;
   __device__ __forceinline__ void load(const std::uint8_t* chunk, int lane) {
     words = load_stream(reinterpret_cast<const uint4*>(chunk) + lane);
   }
   __device__ __forceinline__ void read(const char* chunk, int lane) { words = *(reinterpret_cast<const uint4*>(chunk) + lane); }
+  __device__ __forceinline__ void find(int s, const Tables& tables, uint2 (&groups)[2]) const {
+    const std::uint32_t code = word_of(words, s / 2) >> (16 * (s & 1));
+    groups[0] = shared_pair(((code << 3) & 0x7f8u) | tables.digits);
+    groups[1] = shared_pair(((code >> 5) & 0x7f8u) | tables.digits);
+  }
+  __device__ __forceinline__ void find(const Tables& tables, Found& found) const {
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) find(s, tables, found[s]);
+  }
+  __device__ __forceinline__ void expand(int s, const uint2 (&groups)[2], std::uint32_t (&a)[4]) const {
+    const std::uint32_t signs = word_of(words, 2 + s / 2) << (4 * (s & 1));
+    a[0] = groups[0].x ^ sign_masks(signs);
+    a[2] = groups[0].y ^ sign_masks(signs << 1);
+    a[1] = groups[1].x ^ sign_masks(signs << 2);
+    a[3] = groups[1].y ^ sign_masks(signs << 3);
+  }
+  __device__ __forceinline__ void expand(int s, const Found& found, std::uint32_t (&a)[4]) const { expand(s, found[s], a); }
   __device__ __forceinline__ void decode(int s, const Tables& tables, std::uint32_t (&a)[4]) const {
-    const std::uint32_t code = word_of(words, s / 2) >> (16 * (s & 1)), signs = word_of(words, 2 + s / 2) << (4 * (s & 1));
-    const uint2 group0 = shared_pair(((code << 3) & 0x7f8u) | tables.digits);
-    const uint2 group1 = shared_pair(((code >> 5) & 0x7f8u) | tables.digits);
-    a[0] = group0.x ^ sign_masks(signs);
-    a[2] = group0.y ^ sign_masks(signs << 1);
-    a[1] = group1.x ^ sign_masks(signs << 2);
-    a[3] = group1.y ^ sign_masks(signs << 3);
+    uint2 groups[2];
+    find(s, tables, groups);
+    expand(s, groups, a);
   }
 };
 
 template <>
 struct LaneChunk<CodebookId::kInt8> {
+  struct Found {};
+
   uint4 fragment[kSteps];
   __device__ __forceinline__ void load(const std::uint8_t* chunk, int lane) {
 #pragma unroll
@@ -187,12 +258,14 @@ struct LaneChunk<CodebookId::kInt8> {
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) fragment[s] = *(reinterpret_cast<const uint4*>(chunk) + 32 * s + lane);
   }
-  __device__ __forceinline__ void decode(int s, const Tables&, std::uint32_t (&a)[4]) const {
+  __device__ __forceinline__ void find(const Tables&, Found&) const {}
+  __device__ __forceinline__ void expand(int s, const Found&, std::uint32_t (&a)[4]) const {
     a[0] = fragment[s].x;
     a[1] = fragment[s].y;
     a[2] = fragment[s].z;
     a[3] = fragment[s].w;
   }
+  __device__ __forceinline__ void decode(int s, const Tables&, std::uint32_t (&a)[4]) const { expand(s, {}, a); }
 };
 
 }  // namespace pvq::cuda

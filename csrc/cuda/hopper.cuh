@@ -96,6 +96,11 @@ __device__ __forceinline__ void copy_bulk(std::uint32_t to, const void* from, st
                : "memory");
 }
 
+// To the L2 cache alone.
+__device__ __forceinline__ void fetch_bulk(const void* from, std::uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
 // To the same place of every CTA of `mask`, each with its own barrier.
 __device__ __forceinline__ void copy_bulk_multicast(std::uint32_t to, const void* from, std::uint32_t bytes,
                                                     std::uint32_t barrier, std::uint16_t mask) {
@@ -207,13 +212,11 @@ __device__ __forceinline__ std::uint32_t address_in(std::uint32_t address, std::
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
   return remote;
 }
-__device__ __forceinline__ int4 load_remote(std::uint32_t address) {
-  int4 v;
-  asm volatile("ld.shared::cluster.v4.s32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(address)
+// There, without waiting; `barrier`, of the same CTA, counts the 16 bytes.
+__device__ __forceinline__ void send(std::uint32_t address, int4 v, std::uint32_t barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.s32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
+               "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(barrier)
                : "memory");
-  return v;
 }
 
 // Matrices of 8 x 8 16-bit values, transposed on the way: lane 4 g + t holds row g, columns 2 t, 2 t + 1 of each; lanes

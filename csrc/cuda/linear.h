@@ -69,12 +69,29 @@ struct Weight {  // one segment: consecutive output rows of one codebook
   std::int64_t rows, num_chunks;
 };
 
+// Rows from `first` on, a multiple of kRowAlignment.
+inline Weight rows_of(const Weight& weight, std::int64_t first, std::int64_t rows) {
+  Weight part = weight;
+  part.data += weight_bytes(weight.codebook, first, weight.num_chunks * kChunkColumns);
+  part.row_scale += first;
+  part.rows = rows;
+  return part;
+}
+
 struct Output {
   void* y;           // first output of the segment in token 0
   const void* bias;  // of the segment, [rows] of dtype, or null
   DType dtype;
   std::int64_t stride;  // elements from one token to the next: out_features of the layer
 };
+
+inline Output rows_of(const Output& output, std::int64_t first) {
+  const std::int64_t bytes = first * (output.dtype == DType::kFloat32 ? 4 : 2);
+  Output part = output;
+  part.y = static_cast<char*>(output.y) + bytes;
+  if (output.bias != nullptr) part.bias = static_cast<const char*>(output.bias) + bytes;
+  return part;
+}
 
 // Where splits of a reduction meet. `partial` needs no initial value; `counters` are zero before and after every launch.
 struct Scratch {

@@ -26,10 +26,15 @@ static_assert(128 * kCopyRegisters + 128 * kWgmmaGroups * kMultiplyRegisters <= 
 
 // Addresses in shared memory.
 constexpr int kTableBarrier = kSharedBase, kFullBarriers = kSharedBase + 16, kEmptyBarriers = kFullBarriers + 8 * kWgmmaMaxStages;
-static_assert(kEmptyBarriers + 8 * kWgmmaMaxStages <= kSharedGains && kSharedGains % 64 == 0 &&
+constexpr int kPartBarriers = kEmptyBarriers + 8 * kWgmmaMaxStages;  // [most_parts][kWgmmaGroups]
+static_assert(kPartBarriers + 8 * most_parts(2) * kWgmmaGroups <= kSharedGains && kSharedGains % 64 == 0 &&
               kSharedGains + kGainTableBytes <= kSharedArea);
 
-constexpr int kMultiplyingBarrier = 1, kWarpgroupBarrier = 2;  // named; 0 is __syncthreads
+// Named barriers, one for each warpgroup that multiplies; 0 is __syncthreads. Of the area: it holds what the tile needs; it can
+// be filled again.
+constexpr int kWarpgroupBarrier = 1, kReadyBarrier = kWarpgroupBarrier + kWgmmaGroups,
+              kFreeBarrier = kReadyBarrier + kWgmmaGroups;
+constexpr int kAreaThreads = 128 + 32;  // of both
 
 // What a CTA does: chunks [begin, end) of the tiles first, first + stride, ...
 struct WgmmaWork {
@@ -37,10 +42,13 @@ struct WgmmaWork {
   std::uint32_t window;  // where this CTA's shared memory starts
 
   __device__ __forceinline__ int units(const WgmmaSchedule& s) const {
-    return ((s.tiles() - 1 - first) / stride + 1) * (end - begin);
+    return ((s.order.tiles() - 1 - first) / stride + 1) * (end - begin);
   }
   __device__ __forceinline__ std::uint32_t full(int stage) const { return window + kFullBarriers + 8 * stage; }
   __device__ __forceinline__ std::uint32_t empty(int stage) const { return window + kEmptyBarriers + 8 * stage; }
+  __device__ __forceinline__ std::uint32_t part(int part, int warpgroup) const {
+    return window + kPartBarriers + 8 * (part * kWgmmaGroups + warpgroup);
+  }
   __device__ __forceinline__ std::uint32_t stage(const WgmmaSchedule& s, int stage) const {
     return window + s.shared_stages + stage * s.stage_bytes;
   }
@@ -59,9 +67,9 @@ struct WgmmaCopies {
     start_tile();
   }
   __device__ __forceinline__ void start_tile() {
-    if (tile >= p.schedule.tiles()) return;
+    if (tile >= p.schedule.order.tiles()) return;
     int row_tile, column_tile;
-    p.schedule.place(tile, row_tile, column_tile);
+    p.schedule.order.place(tile, row_tile, column_tile);
     const std::int64_t first = static_cast<std::int64_t>(column_tile) * kN, left = p.a.padded_columns - first;
     bytes = static_cast<int>(left < kN ? left : kN) * kChunkColumns;
     columns = p.a.data + first * kChunkColumns;
@@ -103,39 +111,70 @@ __device__ __forceinline__ void pin(std::uint32_t (&values)[kSteps][4]) {
   for (int step = 0; step < kSteps; ++step) pin(values[step]);
 }
 
-// The CTAs of a cluster add their sums up, and each finishes its part of the columns. All threads of the warpgroups that
-// multiply.
+// The area of a warpgroup for each of its tiles, by a warp.
 template <int kN>
-__device__ __forceinline__ void finish_split(const WgmmaArguments& p, const WgmmaWork& work, char* shared, int warpgroup,
-                                             int thread, const std::int32_t (&acc)[kN / 2], int first_row, int first_column) {
-  constexpr int kParts = 8, kPart = kN / kParts, kQuads = kN / 8, kPartQuads = kQuads / kParts;
-  const WgmmaSchedule& s = p.schedule;
-  synchronize_threads(kMultiplyingBarrier, 128 * kWgmmaGroups);  // the stages have been read
-  int4* sums = reinterpret_cast<int4*>(shared + s.shared_stages) + warpgroup * kQuads * 128 + thread;
-#pragma unroll
-  for (int q = 0; q < kQuads; ++q) sums[q * 128] = make_int4(acc[4 * q], acc[4 * q + 1], acc[4 * q + 2], acc[4 * q + 3]);
-  synchronize_cluster();
-  const std::uint32_t address = work.window + s.shared_stages + (warpgroup * kQuads * 128 + thread) * 16;
-  const int last = kParts * (work.rank + 1) / s.splits;
-  for (int part = kParts * work.rank / s.splits; part < last; ++part) {
-    if (first_row >= p.weight.rows || first_column + part * kPart >= p.a.num_columns()) break;
-    std::int32_t total[kPart / 2] = {};
-    for (int rank = 0; rank < s.splits; ++rank) {
-      const std::uint32_t other = address_in(address + part * kPartQuads * 2048, rank);
-#pragma unroll
-      for (int q = 0; q < kPartQuads; ++q) {
-        const int4 v = load_remote(other + q * 2048);
-        total[4 * q] += v.x;
-        total[4 * q + 1] += v.y;
-        total[4 * q + 2] += v.z;
-        total[4 * q + 3] += v.w;
-      }
-    }
-    WgmmaFinish<kPart> finish(p, first_row, first_column + part * kPart, thread, shared + kSharedArea + warpgroup * s.area_stride,
-                              kWarpgroupBarrier + warpgroup);
-    finish.load();
-    finish.store(total);
+__device__ __forceinline__ void load_areas(const WgmmaArguments& p, const WgmmaWork& work, char* shared, int warpgroup,
+                                           int lane) {
+  const FinishArea<kN> area(shared + kSharedArea + warpgroup * p.schedule.area_stride);
+  for (int tile = work.first; tile < p.schedule.order.tiles(); tile += work.stride) {
+    int row_tile, column_tile;
+    p.schedule.order.place(tile, row_tile, column_tile);
+    if (tile > work.first) synchronize_threads(kFreeBarrier + warpgroup, kAreaThreads);
+    area.load(p, row_tile * kWgmmaRows + warpgroup * 64, column_tile * kN, lane);
+    __syncwarp();
+    synchronize_threads(kReadyBarrier + warpgroup, kAreaThreads);
   }
+}
+
+// The CTAs of a cluster send each other their sums, and each adds up and finishes its parts of the columns. A warpgroup.
+template <int kN>
+__device__ __forceinline__ void finish_split(const WgmmaArguments& p, const WgmmaWork& work, const FinishArea<kN>& area,
+                                             int warpgroup, int thread, const std::int32_t (&acc)[kN / 2], int first_row,
+                                             int first_column) {
+  constexpr int kPart = kN / kSplitParts, kQuads = kPart / 8, kBytes = kQuads * 2048;  // of a part: of a CTA and a warpgroup
+  const int splits = p.schedule.splits, first = first_part(work.rank, splits);
+  const int parts = min(kSplitParts, ceil_div(static_cast<int>(p.a.num_columns()) - first_column, kPart));  // that exist
+  synchronize_cluster();  // all stages have been read
+  if (first_row >= p.weight.rows) return;
+  const std::uint32_t sums = work.window + p.schedule.shared_stages + thread * 16;
+  const auto place = [&](int part, int rank) { return ((part * kWgmmaGroups + warpgroup) * splits + rank) * kBytes; };
+  const int bound = first_part(1, splits), bound2 = splits > 2 ? first_part(2, splits) : kSplitParts;
+#pragma unroll
+  for (int part = 0; part < kSplitParts; ++part) {
+    if (part >= parts) break;
+    const int owner = (part >= bound) + (part >= bound2), local = part - (part >= bound2 ? bound2 : part >= bound ? bound : 0);
+    const std::uint32_t to = sums + place(local, work.rank);
+    const std::int32_t* v = acc + part * (kPart / 2);
+    if (owner == work.rank) {
+#pragma unroll
+      for (int q = 0; q < kQuads; ++q) store_shared(to + q * 2048, make_int4(v[4 * q], v[4 * q + 1], v[4 * q + 2], v[4 * q + 3]));
+    } else {
+      const std::uint32_t remote = address_in(to, owner), barrier = address_in(work.part(local, warpgroup), owner);
+#pragma unroll
+      for (int q = 0; q < kQuads; ++q)
+        send(remote + q * 2048, make_int4(v[4 * q], v[4 * q + 1], v[4 * q + 2], v[4 * q + 3]), barrier);
+    }
+  }
+  const int mine = min(first_part(work.rank + 1, splits), parts) - first;
+  if (mine <= 0) return;
+  using Finish = WgmmaFinish<kPart, kN>;
+  Finish(p, area, first_row, first_column, first * kPart, thread, kWarpgroupBarrier + warpgroup)
+      .template store<1>(mine, [&](int part, typename Finish::Sums& total) {
+        if (thread == 0) expect_bytes(work.part(part, warpgroup), (splits - 1) * kBytes);
+        wait_barrier(work.part(part, warpgroup), 0);
+#pragma unroll
+        for (int i = 0; i < Finish::kSums; ++i) total[i] = 0;
+        for (int rank = 0; rank < splits; ++rank) {
+#pragma unroll
+          for (int q = 0; q < kQuads; ++q) {
+            const int4 v = shared_quad(sums + place(part, rank) + q * 2048);
+            total[4 * q] += v.x;
+            total[4 * q + 1] += v.y;
+            total[4 * q + 2] += v.z;
+            total[4 * q + 3] += v.w;
+          }
+        }
+      });
 }
 
 // A warpgroup. Each warp has 16 rows.
@@ -146,49 +185,66 @@ __device__ __forceinline__ void multiply_tiles(const WgmmaArguments& p, const Wg
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0), warpgroup = warp / 4;
   const int lane = threadIdx.x % 32, num_chunks = static_cast<int>(p.weight.num_chunks);
 
-  // Packed weights are on their way to registers two chunks ahead.
-  int load_tile = work.first, loads_left = 0;  // chunks left of the tile of y
-  bool has_rows = false;
-  const std::uint8_t* load_from = nullptr;
+  // Packed weights are on their way to registers two chunks ahead. Past the last chunk, and without rows, some are read again.
+  int load_tile = work.first, loads_left = 0, load_step = 0;  // chunks left of the tile of y
+  const std::uint8_t* load_from = p.weight.data;
   const auto start_tile = [&] {
     loads_left = work.end - work.begin;
-    has_rows = false;
-    if (load_tile >= s.tiles()) return;
+    load_step = 0;
+    if (load_tile >= s.order.tiles()) return;
     int row_tile, column_tile;
-    s.place(load_tile, row_tile, column_tile);
+    s.order.place(load_tile, row_tile, column_tile);
     const std::int64_t tile = row_tile * kWgmmaRows / kTileRows + warp;
-    has_rows = tile / 4 * kRowAlignment < p.weight.rows;
+    if (tile / 4 * kRowAlignment >= p.weight.rows) return;
     load_from = p.weight.data + (tile * num_chunks + work.begin) * kChunkBytes;
+    load_step = kChunkBytes;
   };
-  LaneChunk<kId> packed[2] = {};
-  const auto load_ahead = [&](LaneChunk<kId>& to) {
-    if (has_rows) to.load(load_from, lane);
-    load_from += kChunkBytes;
-    if (--loads_left == 0) {
+  const auto next_load = [&] {
+    if (--loads_left > 0) {
+      load_from += load_step;
+    } else {
       load_tile += work.stride;
       start_tile();
     }
   };
+  LaneChunk<kId> packed[2];
   start_tile();
-  load_ahead(packed[0]);
-  load_ahead(packed[1]);
+  packed[0].load(load_from, lane);
+  next_load();
+  packed[1].load(load_from, lane);
+  next_load();
 
+  // A chunk is looked up, expanded and multiplied in three iterations: what it takes of shared memory has come when it is needed.
   const Tables tables{work.window + s.shared_digits, work.window + s.shared_gains};
-  if constexpr (table_bytes(kId) > 0) wait_barrier(work.window + kTableBarrier, 0);
+  constexpr bool kLooksUp = table_bytes(kId) > 0;
+  if constexpr (kLooksUp) wait_barrier(work.window + kTableBarrier, 0);
+  const auto refill = [&](int i) {
+    packed[i].load(load_from, lane);
+    next_load();
+  };
+  LaneChunk<kId> looked_up;
+  typename LaneChunk<kId>::Found found;
+  const auto look_up = [&](int i) {
+    if constexpr (kLooksUp) {
+      packed[i].find(tables, found);
+      looked_up = packed[i];
+      refill(i);
+    }
+  };
   std::uint32_t a[2][kSteps][4];  // of the chunk that is multiplied, and of the next one
-  const auto decode = [&](int i) {
+  const auto expand = [&](int i) {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) packed[i].decode(step, tables, a[i][step]);
-    load_ahead(packed[i]);
+    for (int step = 0; step < kSteps; ++step) (kLooksUp ? looked_up : packed[i]).expand(step, found, a[i][step]);
+    if constexpr (!kLooksUp) refill(i);
     pin(a[i]);
   };
-  decode(0);
+  look_up(0);
+  expand(0);
+  look_up(1);
   wait_for_dependencies();
 
   std::int32_t acc[kN / 2] = {};
   Ring ring;
-  int tile = work.first, chunk = work.begin;
-  // The next chunk of the tile; false: it was the last one of the last tile.
   const auto multiply_chunk = [&](auto which) {
     constexpr int kNow = decltype(which)::value, kNext = 1 - kNow;
     const std::uint64_t b = swizzled_operand(work.stage(s, ring.stage));
@@ -198,36 +254,53 @@ __device__ __forceinline__ void multiply_tiles(const WgmmaArguments& p, const Wg
     for (int step = 0; step < kSteps; ++step)
       multiply_registers<kN>(acc, a[kNow][step], b + 2 * step);  // 32 bytes, in units of 16
     commit_products();
-    decode(kNext);  // meanwhile; and while this warpgroup waits, the other one multiplies
+    expand(kNext);  // meanwhile; and while this warpgroup waits, the other one multiplies
+    look_up(kNow);
     wait_products<0>();
     pin(a[kNow]);
     __syncwarp();
     if (lane == 0) arrive(work.empty(ring.stage));
     ring.advance(s.stages);
-    if (++chunk < work.end) return true;
-
+  };
+  for (int tile = work.first;;) {
+    bool odd = true;
+    for (int left = work.end - work.begin;;) {
+      multiply_chunk(std::integral_constant<int, 0>{});
+      if (--left == 0) break;
+      multiply_chunk(std::integral_constant<int, 1>{});
+      odd = --left > 0;
+      if (!odd) break;
+    }
     pin(acc);
     int thread = threadIdx.x;
     asm volatile("" : "+r"(thread));  // what depends on it is not kept in registers from tile to tile
     thread &= 127;
     int row_tile, column_tile;
-    s.place(tile, row_tile, column_tile);
-    const int first_row = row_tile * kWgmmaRows + warpgroup * 64;
+    s.order.place(tile, row_tile, column_tile);
+    const int first_row = row_tile * kWgmmaRows + warpgroup * 64, first_column = column_tile * kN;
+    const FinishArea<kN> area(shared + kSharedArea + warpgroup * s.area_stride);
+    synchronize_threads(kReadyBarrier + warpgroup, kAreaThreads);
     if constexpr (kSplit) {
-      finish_split<kN>(p, work, shared, warpgroup, thread, acc, first_row, column_tile * kN);
-    } else if (first_row < p.weight.rows) {
-      WgmmaFinish<kN> finish(p, first_row, column_tile * kN, thread, shared + kSharedArea + warpgroup * s.area_stride,
-                             kWarpgroupBarrier + warpgroup);
-      finish.load();
-      finish.store(acc);
-    }
+      finish_split<kN>(p, work, area, warpgroup, thread, acc, first_row, first_column);
+      return;  // a tile each
+    } else {
+      if (first_row < p.weight.rows)
+        finish_tile<kN>(p, area, first_row, first_column, thread, kWarpgroupBarrier + warpgroup, acc);
+      tile += work.stride;
+      if (tile >= s.order.tiles()) return;
+      synchronize_threads(kFreeBarrier + warpgroup, kAreaThreads);
 #pragma unroll
-    for (int i = 0; i < kN / 2; ++i) acc[i] = 0;
-    chunk = work.begin;
-    tile += work.stride;
-    return tile < s.tiles();
-  };
-  while (multiply_chunk(std::integral_constant<int, 0>{}) && multiply_chunk(std::integral_constant<int, 1>{})) {
+      for (int i = 0; i < kN / 2; ++i) acc[i] = 0;
+      if (odd) {  // the next tile begins as this one did
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) a[0][step][i] = a[1][step][i];
+        const LaneChunk<kId> other = packed[0];
+        packed[0] = packed[1];
+        packed[1] = other;
+      }
+    }
   }
 }
 
@@ -257,6 +330,9 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1) many_columns_wgmma_kernel(co
       init_barrier(work.full(stage), 1);
       init_barrier(work.empty(stage), kWgmmaGroups * 4);
     }
+    if constexpr (kSplit) {
+      for (int i = 0; i < most_parts(2) * kWgmmaGroups; ++i) init_barrier(window + kPartBarriers + 8 * i, 1);
+    }
     fence_barrier_init();
     if constexpr (table_bytes(kId) > 0) {
       expect_bytes(window + kTableBarrier, table_bytes(kId));
@@ -270,18 +346,18 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1) many_columns_wgmma_kernel(co
 
   if (warp >= kWgmmaGroups * 4) {
     if constexpr (kN == 256) shrink_registers<kCopyRegisters>();
-    if (warp == kWgmmaGroups * 4 && lane == 0) {
-      wait_for_dependencies();
-      copy_tiles<kN>(p, work);
+    wait_for_dependencies();
+    if (warp == kWgmmaGroups * 4) {
+      if (lane == 0) copy_tiles<kN>(p, work);
+      __syncwarp();
+    } else if (warp <= kWgmmaGroups * 4 + kWgmmaGroups) {
+      load_areas<kN>(p, work, shared, warp - kWgmmaGroups * 4 - 1, lane);
     }
-    __syncwarp();
     if constexpr (kSplit) synchronize_cluster();  // with finish_split
   } else {
     if constexpr (kN == 256) grow_registers<kMultiplyRegisters>();
     multiply_tiles<kId, kN, kSplit>(p, work, shared);
-    __syncwarp();
   }
-  if constexpr (kSplit) synchronize_cluster();  // until then others may read this CTA's sums
 #endif
 }
 

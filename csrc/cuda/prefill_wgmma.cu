@@ -23,6 +23,9 @@ constexpr int kTileHeight = kCluster * kExpandedRows;
 constexpr int kMaxStages = 4;
 constexpr int kWeightBytes = kExpandedRows * kChunkColumns, kStageBytes = kWeightBytes + kN * kChunkColumns;
 constexpr int kMaxDynamicBytes = 227 * 1024;
+// Of 16 column tiles the first round needs half as many rows as of 8; the activations of more than 4096 columns would be too
+// many.
+constexpr int panel_shift(int chunks) { return chunks <= 32 ? 4 : 3; }
 constexpr int kGroupsBefore = 4;         // of chunks, expanded by expand()
 constexpr std::int64_t kPaysFrom = 896;  // columns, at least
 
@@ -41,7 +44,7 @@ constexpr int dynamic_bytes(CodebookId id) { return stages_address(id) + num_sta
 
 struct PrefillArguments : Product {
   Expansion expansion;
-  int row_tiles, column_tiles;
+  TileOrder order;
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -67,9 +70,9 @@ template <CodebookId kId>
 __device__ __forceinline__ void copy_tiles(const PrefillArguments& p, std::uint32_t window, int rank, int worker, int workers) {
   const ExpansionOrder& order = p.expansion.order;
   Ring ring;
-  for (int tile = worker; tile < p.row_tiles * p.column_tiles; tile += workers) {
+  for (int tile = worker; tile < p.order.tiles(); tile += workers) {
     int row_tile, column_tile;
-    place_tile(tile, p.row_tiles, p.column_tiles, row_tile, column_tile);
+    p.order.place(tile, row_tile, column_tile);
     const int block = row_tile * kCluster + rank;
     const std::uint32_t weight_bytes = block < order.blocks ? kWeightBytes : 0;
     const std::uint8_t* weights = p.expansion.data + static_cast<std::int64_t>(block) * order.chunks * kWeightBytes;
@@ -154,15 +157,17 @@ __device__ __forceinline__ void multiply_tiles(const PrefillArguments& p, std::u
     __syncwarp();
     if (lane < kCluster) arrive_at(window + kEmpty + 8 * stage, lane);
   };
+  const FinishArea<kN> area(shared + kSharedArea + warpgroup * kAreaBytes);
   std::int32_t acc[kN / 2];
   Ring ring;
-  for (int tile = worker; tile < p.row_tiles * p.column_tiles; tile += workers) {
+  for (int tile = worker; tile < p.order.tiles(); tile += workers) {
     int row_tile, column_tile;
-    place_tile(tile, p.row_tiles, p.column_tiles, row_tile, column_tile);
+    p.order.place(tile, row_tile, column_tile);
     const int first_row = (row_tile * kCluster + rank) * kExpandedRows + warpgroup * 64;
     const bool has_rows = first_row < p.weight.rows;
-    WgmmaFinish<kN> finish(p, first_row, column_tile * kN, threadIdx.x & 127, shared + kSharedArea + warpgroup * kAreaBytes,
-                           1 + warpgroup);
+    const int first_column = column_tile * kN, thread = threadIdx.x & 127, barrier = 1 + warpgroup;
+    typename FinishArea<kN>::Share share;
+    if (has_rows) share = FinishArea<kN>::fetch(p, first_row, first_column, thread);
 #pragma unroll
     for (int i = 0; i < kN / 2; ++i) acc[i] = 0;
     int previous = -1;
@@ -175,7 +180,6 @@ __device__ __forceinline__ void multiply_tiles(const PrefillArguments& p, std::u
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) multiply<kN>(acc, a + 16 * step, b + 2 * step);  // 32 bytes of k, in units of 16
       commit_products();
-      if (chunk == 0 && has_rows) finish.load();  // its latency hides behind the products
       wait_products<1>();
       if (previous >= 0) release(previous);
       previous = ring.stage;
@@ -186,7 +190,11 @@ __device__ __forceinline__ void multiply_tiles(const PrefillArguments& p, std::u
     for (int i = 0; i < kN / 2; ++i) asm volatile("" : "+r"(acc[i]));
     release(previous);
 
-    if (has_rows) finish.store(acc);
+    if (!has_rows) continue;
+    synchronize_threads(barrier, 128);  // the area has been read
+    area.put(share, thread);
+    synchronize_threads(barrier, 128);
+    finish_tile<kN>(p, area, first_row, first_column, thread, barrier, acc);
   }
 }
 
@@ -239,23 +247,19 @@ int max_workers() { return device_properties().num_sms / kCluster; }
 
 template <CodebookId kId>
 void start(const PrefillArguments& p, cudaStream_t stream) {
-  const int workers = std::min(p.row_tiles * p.column_tiles, max_workers());
+  const int workers = std::min(p.order.tiles(), max_workers());
   launch(prefill_kernel<kId>, dim3(static_cast<unsigned>(workers * kCluster)), dim3(kThreads), std::size_t{dynamic_bytes(kId)},
          stream, p);
 }
 
 // The rows from `first` on that are expanded at once.
 Weight part_of(const Weight& weight, std::int64_t first) {
-  Weight part = weight;
-  part.data += weight_bytes(weight.codebook, first, weight.num_chunks * kChunkColumns);
-  part.row_scale += first;
-  part.rows = std::min(expanded_rows(weight.rows, weight.num_chunks), weight.rows - first);
-  return part;
+  return rows_of(weight, first, std::min(expanded_rows(weight.rows, weight.num_chunks), weight.rows - first));
 }
 
 Expansion expansion_of(const Weight& weight, std::uint8_t* expanded, std::int64_t num_columns) {
   const int blocks = ceil_div(weight.rows, kExpandedRows), chunks = static_cast<int>(weight.num_chunks);
-  const int round = max_workers() / std::min(kPanelTiles, ceil_div(num_columns, kN));
+  const int round = max_workers() / std::min(1 << panel_shift(chunks), ceil_div(num_columns, kN));
   const ExpansionOrder order{blocks, chunks, std::min(blocks, kCluster * std::max(round, 1))};
   return {expanded, reinterpret_cast<std::uint32_t*>(expanded + expanded_data_bytes(weight.rows, chunks)), order,
           static_cast<int>(padded_rows(weight.rows) / kTileRows), std::min(kGroupsBefore, order.groups())};
@@ -267,7 +271,7 @@ bool prefill_pays(CodebookId codebook, std::int64_t rows, std::int64_t num_colum
   if (num_columns < kPaysFrom) return false;
   // By measurements on an H100, in the cycles of wgmma_schedule.cpp: a chunk of a tile, a tile besides, all before the first one;
   // weights that a multiprocessor expands in a cycle.
-  constexpr double kChunk = 1200, kTile = 2000, kStart = 12000, kExpands = 3.45;
+  constexpr double kChunk = 1200, kTile = 2000, kStart = 6500, kExpands = 3.45;
   const int tiles = ceil_div(rows, kTileHeight) * ceil_div(num_columns, kN), rounds = ceil_div(tiles, max_workers());
   const double product = rounds * (static_cast<double>(num_chunks) * kChunk + kTile);
   const double weights = static_cast<double>(rows) * static_cast<double>(num_chunks * kChunkColumns);
@@ -282,16 +286,12 @@ void expand_first(const Weight& weight, std::int64_t num_columns, std::uint8_t* 
 
 void prefill(const Activations& a, const Weight& weight, const Output& output, std::uint8_t* expanded, bool first_is_expanded,
              cudaStream_t stream) {
-  const std::int64_t element_bytes = output.dtype == DType::kFloat32 ? 4 : 2;
   for (std::int64_t first = 0; first < weight.rows; first += expanded_rows(weight.rows, weight.num_chunks)) {
     const Weight part = part_of(weight, first);
-    Output part_output = output;
-    part_output.y = static_cast<char*>(output.y) + first * element_bytes;
-    if (output.bias != nullptr) part_output.bias = static_cast<const char*>(output.bias) + first * element_bytes;
-    const PrefillArguments p{{a, part, part_output},
+    const PrefillArguments p{{a, part, rows_of(output, first)},
                              expansion_of(part, expanded, a.num_columns()),
-                             ceil_div(part.rows, kTileHeight),
-                             ceil_div(a.num_columns(), kN)};
+                             TileOrder(ceil_div(part.rows, kTileHeight), ceil_div(a.num_columns(), kN),
+                                       panel_shift(static_cast<int>(part.num_chunks)))};
     if (first > 0 || !first_is_expanded) expand(part, p.expansion, false, stream);
     with_codebook(part.codebook, [&](auto id) { start<decltype(id)::value>(p, stream); });
   }

@@ -10,8 +10,8 @@ constexpr int kColumns[] = {128, 256};
 
 // Cycles of a CTA, by which measurements on an H100 rank: a chunk of 128 x 128 weights, and what a tile costs besides, more where
 // CTAs add their sums up. prefill_pays() compares them with its own.
-double chunk_cycles(int columns) { return columns == 256 ? 1490 : 1080; }
-double tile_cycles(int columns, int splits) { return splits > 1 ? 4000 + 20.0 * columns : 500 + 4.0 * columns; }
+double chunk_cycles(int columns) { return columns == 256 ? 1240 : 1000; }
+double tile_cycles(int columns, int splits) { return splits > 1 ? 3700 + 22.0 * columns : 16.0 * columns; }
 
 // Shared memory, with as many stages as there is room for.
 void lay_out(const WgmmaProblem& problem, WgmmaSchedule& s) {
@@ -37,11 +37,10 @@ WgmmaChoice choose_wgmma_schedule(const WgmmaProblem& problem) {
       s.splits = splits;
       lay_out(problem, s);
       if (s.stages < 2 || problem.resident[splits] < 1) continue;
-      if (splits > 1 && s.stages * s.stage_bytes < split_sums_bytes(n)) continue;
-      s.row_tiles = ceil_div(problem.rows, kWgmmaRows);
-      s.column_tiles = ceil_div(problem.num_columns, n);
-      const int rounds = ceil_div(s.tiles(), problem.resident[splits]);
-      s.workers = splits > 1 ? s.tiles() : std::min(s.tiles(), problem.resident[splits]);
+      if (splits > 1 && s.stages * s.stage_bytes < split_sums_bytes(n, splits)) continue;
+      s.order = TileOrder(ceil_div(problem.rows, kWgmmaRows), ceil_div(problem.num_columns, n));
+      const int rounds = ceil_div(s.order.tiles(), problem.resident[splits]);
+      s.workers = splits > 1 ? s.order.tiles() : std::min(s.order.tiles(), problem.resident[splits]);
       const double cycles = rounds * (ceil_div(problem.num_chunks, splits) * chunk_cycles(n) + tile_cycles(n, splits));
       if (best.cycles < 0 || cycles < best.cycles) best = {s, cycles};
     }

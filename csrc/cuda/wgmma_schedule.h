@@ -15,7 +15,6 @@ namespace pvq::cuda {
 constexpr int kWgmmaRows = 128;  // 64 for each warpgroup that multiplies
 constexpr int kWgmmaMaxStages = 8;
 constexpr int kWgmmaMaxSplits = 3;
-constexpr int kPanelTiles = 8;  // column tiles that are walked together: the activations of 2048 columns stay in the L2 cache
 constexpr int kStagedColumnBytes = 144;  // 64 results of 16 bits, and 16 bytes that spread the banks
 
 // Shared memory by address. The first kilobyte belongs to the system, then: barriers, gains, the area of the epilogue, the
@@ -24,36 +23,64 @@ constexpr int kSharedBase = 1024;
 constexpr int kSharedGains = kSharedBase + 512;
 constexpr int kSharedArea = kSharedBase + 1024;
 
-// Of a tile, or of the part of one that a CTA finishes (wgmma_finish.cuh).
-constexpr int staged_columns(int columns) { return columns >= 256 ? 64 : columns < 32 ? columns : 32; }
-constexpr int finish_area_bytes(int columns_per_tile) {  // of a warpgroup
-  return staged_columns(columns_per_tile) * kStagedColumnBytes + columns_per_tile * 8;
+// The area of a warpgroup (wgmma_finish.cuh): two buffers of results, what is known of columns, and of rows.
+constexpr int staged_columns(int columns) { return columns < 32 ? columns : 32; }
+constexpr int finish_area_bytes(int columns_per_tile) {
+  return 2 * staged_columns(columns_per_tile) * kStagedColumnBytes + columns_per_tile * 8 + 64 * 8;
 }
-// What a CTA of a split tile leaves for the others of its cluster, in the place of its stages.
-constexpr int split_sums_bytes(int columns_per_tile) { return kWgmmaRows * columns_per_tile * 4; }
+// The CTAs of a split tile finish consecutive parts of its columns each: first_part(rank) up to the next CTA's.
+constexpr int kSplitParts = 8;
+constexpr int first_part(int rank, int splits) { return kSplitParts * rank / splits; }
+constexpr int most_parts(int splits) { return (kSplitParts + splits - 1) / splits; }
+// Sums of all CTAs for a CTA's parts, in the place of its stages.
+constexpr int split_sums_bytes(int columns_per_tile, int splits) {
+  return most_parts(splits) * splits * kWgmmaRows * (columns_per_tile / kSplitParts) * 4;
+}
 
-// Which row tile and column tile. Column tiles run fastest within a panel: their weights are read together.
-constexpr void place_tile(int tile, int row_tiles, int column_tiles, int& row_tile, int& column_tile) {
-  const int panel = tile / (kPanelTiles * row_tiles), first = panel * kPanelTiles;
-  const int width = column_tiles - first < kPanelTiles ? column_tiles - first : kPanelTiles;
-  const int local = tile - first * row_tiles;
-  row_tile = local / width;
-  column_tile = first + local % width;
-}
+// The tiles of y. Column tiles run fastest within a panel: their weights are read together, and its activations stay in the L2
+// cache.
+constexpr int kPanelShift = 3;
+struct TileOrder {
+  int row_tiles, column_tiles, panel_shift;  // 2^panel_shift column tiles are a panel
+  // Divisors' reciprocals, 2^32 / d rounded up: n / d by one multiplication is exact while n d < 2^32, and at most one too large
+  // after that. A division would cost hundreds of cycles.
+  std::uint32_t per_panel = 0, per_width = 0;  // of a panel's tiles; of the width of the last panel, 0: it is 1
+
+  TileOrder() = default;
+  constexpr TileOrder(int row_tiles, int column_tiles, int panel_shift = kPanelShift)
+      : row_tiles(row_tiles), column_tiles(column_tiles), panel_shift(panel_shift) {
+    const int last = ((column_tiles - 1) & ((1 << panel_shift) - 1)) + 1;
+    per_panel = reciprocal(row_tiles << panel_shift);
+    if (last > 1) per_width = reciprocal(last);
+  }
+  static constexpr std::uint32_t reciprocal(int d) {
+    return static_cast<std::uint32_t>(((std::uint64_t{1} << 32) + static_cast<std::uint64_t>(d) - 1) /
+                                      static_cast<std::uint64_t>(d));
+  }
+  PVQ_HOST_DEVICE static int multiply_high(int a, std::uint32_t b) {
+    return static_cast<int>(static_cast<std::uint64_t>(static_cast<std::uint32_t>(a)) * b >> 32);
+  }
+
+  PVQ_HOST_DEVICE int tiles() const { return row_tiles * column_tiles; }
+  PVQ_HOST_DEVICE void place(int tile, int& row_tile, int& column_tile) const {
+    int panel = multiply_high(tile, per_panel);
+    if ((panel * row_tiles) << panel_shift > tile) --panel;
+    const int first = panel << panel_shift, local = tile - first * row_tiles;
+    const bool full = column_tiles - first >= 1 << panel_shift;
+    const int width = full ? 1 << panel_shift : column_tiles - first;
+    row_tile = full ? local >> panel_shift : per_width == 0 ? local : multiply_high(local, per_width);
+    column_tile = first + local - row_tile * width;
+  }
+};
 
 struct WgmmaSchedule {
   int columns_per_tile, splits;
-  int row_tiles, column_tiles, workers;
+  TileOrder order;
+  int workers;
   int stages, stage_bytes;
   int area_stride;                                 // bytes of a warpgroup in the area
   int shared_gains;                                // kSharedGains: LOP3 takes it from a register, but not as a second immediate
   int shared_digits, shared_stages, shared_bytes;  // two addresses; dynamic shared memory
-
-  constexpr int tiles() const { return row_tiles * column_tiles; }
-
-  constexpr void place(int tile, int& row_tile, int& column_tile) const {
-    place_tile(tile, row_tiles, column_tiles, row_tile, column_tile);
-  }
 };
 
 // What choose_wgmma_schedule looks at.

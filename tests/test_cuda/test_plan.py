@@ -63,6 +63,23 @@ def test_a_weight_is_expanded_in_the_order_of_the_rounds(blocks, chunks, round_b
 
 
 @built_with_cuda
+@pytest.mark.parametrize("panel_shift", [3, 4])
+@pytest.mark.parametrize(
+    "row_tiles, column_tiles",
+    [(1, 1), (2, 7), (47, 8), (7, 9), (132, 15), (448, 16), (3, 40), (2000, 1), (70000, 250), (8016, 8016)],
+)
+def test_tiles_are_walked_in_panels(row_tiles, column_tiles, panel_shift):
+    width = 1 << panel_shift
+    tiles, count = row_tiles * column_tiles, min(row_tiles * column_tiles, 4000)
+    for first in {0, (tiles - count) // 2, tiles - count}:
+        places = _C.cuda.tile_order(row_tiles, column_tiles, panel_shift, first, count)
+        for tile, place in enumerate(places, first):
+            panel, local = divmod(tile, row_tiles * width)
+            row, column = divmod(local, min(width, column_tiles - panel * width))
+            assert place == (row, panel * width + column)
+
+
+@built_with_cuda
 def test_sign_bits_are_the_signs_of_the_rotation():
     blocks, factors = rotation_layout(72)
     plan = ops.make_plan([("pvq4", 1)], 72, seed=3, first_column=40, rotation_blocks=blocks, factors=factors)
