@@ -57,7 +57,7 @@ struct Launches {
 };
 
 Launches launches(CodebookId codebook, std::int64_t rows, std::int64_t num_columns, std::int64_t num_chunks) {
-  constexpr double kLaunchCycles = 14000;  // it waits until the first one has ended
+  constexpr double kLaunchCycles = 17000;  // it waits until the first one has ended
   const WgmmaChoice all = choose(codebook, rows, num_columns, num_chunks);
   const WgmmaSchedule& s = all.schedule;
   const int whole_rounds = s.splits == 1 ? s.order.tiles() / s.workers * s.workers : 0;

@@ -27,14 +27,13 @@ static_assert(128 * kCopyRegisters + 128 * kWgmmaGroups * kMultiplyRegisters <= 
 // Addresses in shared memory.
 constexpr int kTableBarrier = kSharedBase, kFullBarriers = kSharedBase + 16, kEmptyBarriers = kFullBarriers + 8 * kWgmmaMaxStages;
 constexpr int kPartBarriers = kEmptyBarriers + 8 * kWgmmaMaxStages;  // [most_parts][kWgmmaGroups]
-static_assert(kPartBarriers + 8 * most_parts(2) * kWgmmaGroups <= kSharedGains && kSharedGains % 64 == 0 &&
+// Of a warpgroup's area: it holds what the tile needs; it can be filled again.
+constexpr int kReadyBarriers = kPartBarriers + 8 * most_parts(2) * kWgmmaGroups,
+              kFreeBarriers = kReadyBarriers + 8 * kWgmmaGroups;
+static_assert(kFreeBarriers + 8 * kWgmmaGroups <= kSharedGains && kSharedGains % 64 == 0 &&
               kSharedGains + kGainTableBytes <= kSharedArea);
 
-// Named barriers, one for each warpgroup that multiplies; 0 is __syncthreads. Of the area: it holds what the tile needs; it can
-// be filled again.
-constexpr int kWarpgroupBarrier = 1, kReadyBarrier = kWarpgroupBarrier + kWgmmaGroups,
-              kFreeBarrier = kReadyBarrier + kWgmmaGroups;
-constexpr int kAreaThreads = 128 + 32;  // of both
+constexpr int kWarpgroupBarrier = 1;  // named, one for each warpgroup that multiplies; 0 is __syncthreads
 
 // What a CTA does: chunks [begin, end) of the tiles first, first + stride, ...
 struct WgmmaWork {
@@ -46,6 +45,8 @@ struct WgmmaWork {
   }
   __device__ __forceinline__ std::uint32_t full(int stage) const { return window + kFullBarriers + 8 * stage; }
   __device__ __forceinline__ std::uint32_t empty(int stage) const { return window + kEmptyBarriers + 8 * stage; }
+  __device__ __forceinline__ std::uint32_t ready(int warpgroup) const { return window + kReadyBarriers + 8 * warpgroup; }
+  __device__ __forceinline__ std::uint32_t free(int warpgroup) const { return window + kFreeBarriers + 8 * warpgroup; }
   __device__ __forceinline__ std::uint32_t part(int part, int warpgroup) const {
     return window + kPartBarriers + 8 * (part * kWgmmaGroups + warpgroup);
   }
@@ -116,13 +117,13 @@ template <int kN>
 __device__ __forceinline__ void load_areas(const WgmmaArguments& p, const WgmmaWork& work, char* shared, int warpgroup,
                                            int lane) {
   const FinishArea<kN> area(shared + kSharedArea + warpgroup * p.schedule.area_stride);
-  for (int tile = work.first; tile < p.schedule.order.tiles(); tile += work.stride) {
+  std::uint32_t parity = 1;  // of the phase before; the first tile waits for none
+  for (int tile = work.first; tile < p.schedule.order.tiles(); tile += work.stride, parity ^= 1) {
     int row_tile, column_tile;
     p.schedule.order.place(tile, row_tile, column_tile);
-    if (tile > work.first) synchronize_threads(kFreeBarrier + warpgroup, kAreaThreads);
+    wait_barrier(work.free(warpgroup), parity);
     area.load(p, row_tile * kWgmmaRows + warpgroup * 64, column_tile * kN, lane);
-    __syncwarp();
-    synchronize_threads(kReadyBarrier + warpgroup, kAreaThreads);
+    arrive(work.ready(warpgroup));
   }
 }
 
@@ -262,6 +263,7 @@ __device__ __forceinline__ void multiply_tiles(const WgmmaArguments& p, const Wg
     if (lane == 0) arrive(work.empty(ring.stage));
     ring.advance(s.stages);
   };
+  std::uint32_t parity = 0;
   for (int tile = work.first;;) {
     bool odd = true;
     for (int left = work.end - work.begin;;) {
@@ -279,7 +281,7 @@ __device__ __forceinline__ void multiply_tiles(const WgmmaArguments& p, const Wg
     s.order.place(tile, row_tile, column_tile);
     const int first_row = row_tile * kWgmmaRows + warpgroup * 64, first_column = column_tile * kN;
     const FinishArea<kN> area(shared + kSharedArea + warpgroup * s.area_stride);
-    synchronize_threads(kReadyBarrier + warpgroup, kAreaThreads);
+    wait_barrier(work.ready(warpgroup), parity);
     if constexpr (kSplit) {
       finish_split<kN>(p, work, area, warpgroup, thread, acc, first_row, first_column);
       return;  // a tile each
@@ -288,7 +290,8 @@ __device__ __forceinline__ void multiply_tiles(const WgmmaArguments& p, const Wg
         finish_tile<kN>(p, area, first_row, first_column, thread, kWarpgroupBarrier + warpgroup, acc);
       tile += work.stride;
       if (tile >= s.order.tiles()) return;
-      synchronize_threads(kFreeBarrier + warpgroup, kAreaThreads);
+      arrive(work.free(warpgroup));
+      parity ^= 1;
 #pragma unroll
       for (int i = 0; i < kN / 2; ++i) acc[i] = 0;
       if (odd) {  // the next tile begins as this one did
@@ -329,6 +332,10 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1) many_columns_wgmma_kernel(co
     for (int stage = 0; stage < s.stages; ++stage) {
       init_barrier(work.full(stage), 1);
       init_barrier(work.empty(stage), kWgmmaGroups * 4);
+    }
+    for (int warpgroup = 0; warpgroup < kWgmmaGroups; ++warpgroup) {
+      init_barrier(work.ready(warpgroup), 32);
+      init_barrier(work.free(warpgroup), 128);
     }
     if constexpr (kSplit) {
       for (int i = 0; i < most_parts(2) * kWgmmaGroups; ++i) init_barrier(window + kPartBarriers + 8 * i, 1);

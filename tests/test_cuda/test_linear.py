@@ -135,7 +135,7 @@ def test_more_tiles_than_multiprocessors(kit, monkeypatch, kernel, dtype):
 def test_expanding_while_multiplying(kit, name):
     """Where it pays: rounds of several tiles, whose weights are expanded in pieces of several chunks, most of them meanwhile."""
     need_wgmma()
-    tokens, rows = 1536, 6000
+    tokens, rows = 2048, 6000
     layer = kit.build_layer([(name, rows)], 4096)
     plan = cuda_constants.make_plan(layer.plan)
     apart = (
