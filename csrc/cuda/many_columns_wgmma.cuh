@@ -3,7 +3,8 @@
 //
 // Two warpgroups have 64 rows each. Their warps fetch packed weights straight into registers, some chunks ahead, and decode a
 // chunk there, in the order in which the tensor cores take it, while they multiply the one before. A warp more copies the
-// activations to a ring of stages in shared memory, in the order they lie in global memory.
+// activations to a ring of stages in shared memory, in the order they lie in global memory; one more for each warpgroup fetches
+// what its epilogue needs (wgmma_finish.cuh).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,7 +17,7 @@
 namespace pvq::cuda {
 
 constexpr int kWgmmaGroups = 2;                          // that multiply
-constexpr int kWgmmaThreads = kWgmmaGroups * 128 + 128;  // a warpgroup more: one of its warps copies
+constexpr int kWgmmaThreads = kWgmmaGroups * 128 + 128;  // a warpgroup more: one of its warps copies, two load areas
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
@@ -209,20 +210,19 @@ __device__ __forceinline__ void multiply_tiles(const WgmmaArguments& p, const Wg
     }
   };
   LaneChunk<kId> packed[2];
-  start_tile();
-  packed[0].load(load_from, lane);
-  next_load();
-  packed[1].load(load_from, lane);
-  next_load();
-
-  // A chunk is looked up, expanded and multiplied in three iterations: what it takes of shared memory has come when it is needed.
-  const Tables tables{work.window + s.shared_digits, work.window + s.shared_gains};
-  constexpr bool kLooksUp = table_bytes(kId) > 0;
-  if constexpr (kLooksUp) wait_barrier(work.window + kTableBarrier, 0);
   const auto refill = [&](int i) {
     packed[i].load(load_from, lane);
     next_load();
   };
+  start_tile();
+  refill(0);
+  refill(1);
+
+  // A chunk is looked up, expanded and multiplied in three iterations: what it takes of shared memory has come when it is needed.
+  // It is copied out of the registers that the next but one is loaded to: loaded when they are free, that would come too late.
+  const Tables tables{work.window + s.shared_digits, work.window + s.shared_gains};
+  constexpr bool kLooksUp = table_bytes(kId) > 0;
+  if constexpr (kLooksUp) wait_barrier(work.window + kTableBarrier, 0);
   LaneChunk<kId> looked_up;
   typename LaneChunk<kId>::Found found;
   const auto look_up = [&](int i) {
