@@ -218,6 +218,11 @@ void bind(py::module_ m) {
 
   m.def("expansion_order", &expansion_order);
   m.def("tile_order", &tile_order);
+  m.def("many_columns_wgmma_first_rows",  // for tests
+        [](int codebook, std::int64_t rows, std::int64_t num_columns, std::int64_t num_chunks, int device) {
+          const DeviceScope scope(device);
+          return many_columns_wgmma_first_rows(codebook_id(codebook), rows, num_columns, num_chunks);
+        });
   m.def("device_table", [](int codebook) { return device_table(codebook_id(codebook)); });
   m.def(
       "pack_rows",

@@ -37,7 +37,8 @@ __device__ __forceinline__ void arrive(std::uint32_t barrier) {
 }
 
 // At the same barrier of another CTA of the cluster. The scope is the CTA, as of the wait: the cluster's costs a fence of the
-// whole GPU's memory each time, and between CTAs go only bulk copies, whose bytes the barriers count.
+// whole GPU's memory each time, and between CTAs go only bulk copies and send(), whose bytes the
+// barriers count.
 __device__ __forceinline__ void arrive_at(std::uint32_t barrier, std::uint32_t rank) {
   asm volatile(
       "{\n.reg .b32 remote;\n"
@@ -94,11 +95,6 @@ __device__ __forceinline__ void copy_bulk(std::uint32_t to, const void* from, st
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
                "r"(bytes), "r"(barrier)
                : "memory");
-}
-
-// To the L2 cache alone.
-__device__ __forceinline__ void fetch_bulk(const void* from, std::uint32_t bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 
 // To the same place of every CTA of `mask`, each with its own barrier.

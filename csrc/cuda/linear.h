@@ -133,6 +133,9 @@ constexpr int kMaxWarpTileColumns = 64;
 bool warp_tiles(const Activations& a, const Weight& weight, const Output& output, cudaStream_t stream);
 void many_columns(const Activations& a, const Weight& weight, const Output& output, const Scratch& scratch, cudaStream_t stream);
 void many_columns_wgmma(const Activations& a, const Weight& weight, const Output& output, cudaStream_t stream);  // sm_90a
+// Rows of its first launch; if there are more, a second one takes them.
+std::int64_t many_columns_wgmma_first_rows(CodebookId codebook, std::int64_t rows, std::int64_t num_columns,
+                                           std::int64_t num_chunks);
 // What it takes by its model, in cycles of an H100.
 double many_columns_wgmma_cycles(CodebookId codebook, std::int64_t rows, std::int64_t num_columns, std::int64_t num_chunks);
 

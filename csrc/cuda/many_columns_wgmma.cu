@@ -72,6 +72,11 @@ Launches launches(CodebookId codebook, std::int64_t rows, std::int64_t num_colum
 
 }  // namespace
 
+std::int64_t many_columns_wgmma_first_rows(CodebookId codebook, std::int64_t rows, std::int64_t num_columns,
+                                           std::int64_t num_chunks) {
+  return launches(codebook, rows, num_columns, num_chunks).rows;
+}
+
 double many_columns_wgmma_cycles(CodebookId codebook, std::int64_t rows, std::int64_t num_columns, std::int64_t num_chunks) {
   return launches(codebook, rows, num_columns, num_chunks).cycles;
 }

@@ -356,10 +356,10 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1) many_columns_wgmma_kernel(co
     wait_for_dependencies();
     if (warp == kWgmmaGroups * 4) {
       if (lane == 0) copy_tiles<kN>(p, work);
-      __syncwarp();
     } else if (warp <= kWgmmaGroups * 4 + kWgmmaGroups) {
       load_areas<kN>(p, work, shared, warp - kWgmmaGroups * 4 - 1, lane);
     }
+    __syncwarp();
     if constexpr (kSplit) synchronize_cluster();  // with finish_split
   } else {
     if constexpr (kN == 256) grow_registers<kMultiplyRegisters>();

@@ -26,7 +26,7 @@ struct WgmmaArguments : Product {
 // where its results are turned over, twice.
 template <int kColumns>
 struct FinishArea {
-  static constexpr int kStagingBytes = staged_columns(kColumns) * kStagedColumnBytes;
+  static constexpr int kStagingBytes = kStagedColumns * kStagedColumnBytes;
 
   struct __align__(8) Column {
     std::int32_t offset;  // h sum a
@@ -95,7 +95,7 @@ template <int kSlice, int kColumns>
 struct WgmmaFinish {
   using Area = FinishArea<kColumns>;
   static constexpr int kBlocks = kSlice / 8, kSums = kSlice / 2;  // of eight columns; of a thread
-  static_assert(kSlice % 16 == 0 && kSlice <= staged_columns(kColumns));
+  static_assert(kSlice % 16 == 0 && kSlice <= kStagedColumns);
 
   using Sums = std::int32_t[kSums];
   using Columns = int4[kBlocks];  // two of this lane's each: 2 pair, 2 pair + 1
@@ -271,7 +271,8 @@ struct WgmmaFinish {
             : store_each<kPlanes, __nv_bfloat16, kUnroll>(slices, load_sums);
   }
 
-  // load_sums(slice, sums) fills sums as multiply() does d; it is called once for each slice that has columns, in order.
+  // load_sums(slice, sums) fills sums as multiply() does d. It is called in order, for all slices that have columns and perhaps
+  // for others.
   template <int kUnroll, typename LoadSums>
   __device__ __forceinline__ void store(int slices, const LoadSums& load_sums) const {
     p.a.num_planes == 2 ? store_planes<2, kUnroll>(slices, load_sums) : store_planes<1, kUnroll>(slices, load_sums);
@@ -282,9 +283,9 @@ struct WgmmaFinish {
 template <int kN>
 __device__ __forceinline__ void finish_tile(const Product& p, const FinishArea<kN>& area, int first_row, int first_column,
                                             int thread, int barrier, const std::int32_t (&acc)[kN / 2]) {
-  using Finish = WgmmaFinish<staged_columns(kN), kN>;
+  using Finish = WgmmaFinish<kStagedColumns, kN>;
   Finish(p, area, first_row, first_column, 0, thread, barrier)
-      .template store<kN / staged_columns(kN)>(kN / staged_columns(kN), [&](int slice, typename Finish::Sums& sums) {
+      .template store<kN / kStagedColumns>(kN / kStagedColumns, [&](int slice, typename Finish::Sums& sums) {
 #pragma unroll
         for (int i = 0; i < Finish::kSums; ++i) sums[i] = acc[slice * Finish::kSums + i];
       });

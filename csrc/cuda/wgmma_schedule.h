@@ -24,9 +24,9 @@ constexpr int kSharedGains = kSharedBase + 512;
 constexpr int kSharedArea = kSharedBase + 1024;
 
 // The area of a warpgroup (wgmma_finish.cuh): two buffers of results, what is known of columns, and of rows.
-constexpr int staged_columns(int columns) { return columns < 32 ? columns : 32; }
+constexpr int kStagedColumns = 32;  // of a buffer
 constexpr int finish_area_bytes(int columns_per_tile) {
-  return 2 * staged_columns(columns_per_tile) * kStagedColumnBytes + columns_per_tile * 8 + 64 * 8;
+  return 2 * kStagedColumns * kStagedColumnBytes + columns_per_tile * 8 + 64 * 8;
 }
 // The CTAs of a split tile finish consecutive parts of its columns each: first_part(rank) up to the next CTA's.
 constexpr int kSplitParts = 8;

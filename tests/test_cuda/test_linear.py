@@ -6,8 +6,9 @@ import itertools
 import pytest
 import torch
 
-from pvq_vllm import cuda_constants, cuda_ops, ops
+from pvq_vllm import _C, cuda_constants, cuda_ops, ops
 from pvq_vllm.codec.errors import PVQError
+from pvq_vllm.codec.serving import codebook_id
 
 pytestmark = pytest.mark.cuda
 
@@ -129,6 +130,30 @@ def test_more_tiles_than_multiprocessors(kit, monkeypatch, kernel, dtype):
         layer = kit.build_layer([(name, rows)], columns, mode)
         x = kit.random_tokens(tokens, columns, dtype)
         assert kit.describe_difference(*layer.both(x, torch.randn(rows).to(dtype))) == ""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tiles_of_an_odd_number_of_chunks(kit, monkeypatch, name):
+    """A block's next tile begins with the registers that its last one left to the chunk after the next."""
+    force("wgmma", monkeypatch)
+    for rows, columns, tokens in ((20000, 1152, 200), (17096, 384, 65)):
+        layer = kit.build_layer([(name, rows)], columns, "a8")
+        x = kit.random_tokens(tokens, columns, torch.float16)
+        assert kit.describe_difference(*layer.both(x)) == ""
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_last_round_of_tiles_in_a_launch_of_its_own(kit, monkeypatch, dtype):
+    force("wgmma", monkeypatch)
+    device, tokens, chunks = torch.cuda.current_device(), 200, 33
+    whole_round = 128 * torch.cuda.get_device_properties(device).multi_processor_count
+    codebook = codebook_id("pvq4")
+    first_rows = _C.cuda.many_columns_wgmma_first_rows
+    rows = whole_round + 200  # the last tile has 72
+    assert 0 < first_rows(codebook, rows, tokens, chunks, device) < rows
+    layer = kit.build_layer([("pvq4", rows)], 128 * chunks, "a8")
+    x = kit.random_tokens(tokens, 128 * chunks, dtype)
+    assert kit.describe_difference(*layer.both(x, torch.randn(rows).to(dtype))) == ""
 
 
 @pytest.mark.parametrize("name", NAMES)
