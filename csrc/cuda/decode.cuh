@@ -87,6 +87,7 @@ __device__ __forceinline__ void store_shared(std::uint32_t address, int4 quad) {
                : "memory");
 }
 
+// An assignment of what shared_quad() returns became four stores (nvcc 13.0).
 __device__ __forceinline__ void store_global(void* address, int4 quad) {
   asm volatile("st.global.v4.s32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(quad.x), "r"(quad.y), "r"(quad.z), "r"(quad.w)
                : "memory");
@@ -157,7 +158,7 @@ __device__ __forceinline__ void expand_joined(const FoundStep& found, std::uint3
 
 template <>
 struct LaneChunk<CodebookId::kPvq4> {
-  using Found = FoundStep[kSteps];
+  using Found = FoundStep;
 
   uint4 code, bits;
   __device__ __forceinline__ void load(const std::uint8_t* chunk, int lane) {
@@ -168,24 +169,22 @@ struct LaneChunk<CodebookId::kPvq4> {
     code = *(reinterpret_cast<const uint4*>(chunk) + lane);
     bits = *(reinterpret_cast<const uint4*>(chunk) + 32 + lane);
   }
-  __device__ __forceinline__ void find(const Tables& tables, Found& found) const {
-#pragma unroll
-    for (int s = 0; s < kSteps; ++s) find_joined(word_of(code, s), tables, found[s]);
+  __device__ __forceinline__ void find(int s, const Tables& tables, Found& found) const {
+    find_joined(word_of(code, s), tables, found);
   }
-  __device__ __forceinline__ void expand(int s, const FoundStep& found, std::uint32_t (&a)[4]) const {
+  __device__ __forceinline__ void expand(int s, const Found& found, std::uint32_t (&a)[4]) const {
     expand_joined<true>(found, word_of(bits, s), word_of(bits, s), a);
   }
-  __device__ __forceinline__ void expand(int s, const Found& found, std::uint32_t (&a)[4]) const { expand(s, found[s], a); }
   __device__ __forceinline__ void decode(int s, const Tables& tables, std::uint32_t (&a)[4]) const {
-    FoundStep found;
-    find_joined(word_of(code, s), tables, found);
+    Found found;
+    find(s, tables, found);
     expand(s, found, a);
   }
 };
 
 template <>
 struct LaneChunk<CodebookId::kPvq3> {
-  using Found = FoundStep[kSteps];
+  using Found = FoundStep;
 
   uint4 code;
   uint2 bits;
@@ -197,49 +196,42 @@ struct LaneChunk<CodebookId::kPvq3> {
     code = *(reinterpret_cast<const uint4*>(chunk) + lane);
     bits = *(reinterpret_cast<const uint2*>(chunk + 512) + lane);
   }
-  __device__ __forceinline__ void find(const Tables& tables, Found& found) const {
-#pragma unroll
-    for (int s = 0; s < kSteps; ++s) find_joined(word_of(code, s), tables, found[s]);
+  __device__ __forceinline__ void find(int s, const Tables& tables, Found& found) const {
+    find_joined(word_of(code, s), tables, found);
   }
-  __device__ __forceinline__ void expand(int s, const FoundStep& found, std::uint32_t (&a)[4]) const {
+  __device__ __forceinline__ void expand(int s, const Found& found, std::uint32_t (&a)[4]) const {
     expand_joined<false>(found, 0, word_of(bits, s / 2) << (4 * (s & 1)), a);
   }
-  __device__ __forceinline__ void expand(int s, const Found& found, std::uint32_t (&a)[4]) const { expand(s, found[s], a); }
   __device__ __forceinline__ void decode(int s, const Tables& tables, std::uint32_t (&a)[4]) const {
-    FoundStep found;
-    find_joined(word_of(code, s), tables, found);
+    Found found;
+    find(s, tables, found);
     expand(s, found, a);
   }
 };
 
 template <>
 struct LaneChunk<CodebookId::kPvq2> {
-  using Found = uint2[kSteps][2];  // by group
+  using Found = uint2[2];  // by group
 
   uint4 words;
   __device__ __forceinline__ void load(const std::uint8_t* chunk, int lane) {
     words = load_stream(reinterpret_cast<const uint4*>(chunk) + lane);
   }
   __device__ __forceinline__ void read(const char* chunk, int lane) { words = *(reinterpret_cast<const uint4*>(chunk) + lane); }
-  __device__ __forceinline__ void find(int s, const Tables& tables, uint2 (&groups)[2]) const {
+  __device__ __forceinline__ void find(int s, const Tables& tables, Found& groups) const {
     const std::uint32_t code = word_of(words, s / 2) >> (16 * (s & 1));
     groups[0] = shared_pair(((code << 3) & 0x7f8u) | tables.digits);
     groups[1] = shared_pair(((code >> 5) & 0x7f8u) | tables.digits);
   }
-  __device__ __forceinline__ void find(const Tables& tables, Found& found) const {
-#pragma unroll
-    for (int s = 0; s < kSteps; ++s) find(s, tables, found[s]);
-  }
-  __device__ __forceinline__ void expand(int s, const uint2 (&groups)[2], std::uint32_t (&a)[4]) const {
+  __device__ __forceinline__ void expand(int s, const Found& groups, std::uint32_t (&a)[4]) const {
     const std::uint32_t signs = word_of(words, 2 + s / 2) << (4 * (s & 1));
     a[0] = groups[0].x ^ sign_masks(signs);
     a[2] = groups[0].y ^ sign_masks(signs << 1);
     a[1] = groups[1].x ^ sign_masks(signs << 2);
     a[3] = groups[1].y ^ sign_masks(signs << 3);
   }
-  __device__ __forceinline__ void expand(int s, const Found& found, std::uint32_t (&a)[4]) const { expand(s, found[s], a); }
   __device__ __forceinline__ void decode(int s, const Tables& tables, std::uint32_t (&a)[4]) const {
-    uint2 groups[2];
+    Found groups;
     find(s, tables, groups);
     expand(s, groups, a);
   }
@@ -258,7 +250,7 @@ struct LaneChunk<CodebookId::kInt8> {
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) fragment[s] = *(reinterpret_cast<const uint4*>(chunk) + 32 * s + lane);
   }
-  __device__ __forceinline__ void find(const Tables&, Found&) const {}
+  __device__ __forceinline__ void find(int, const Tables&, Found&) const {}
   __device__ __forceinline__ void expand(int s, const Found&, std::uint32_t (&a)[4]) const {
     a[0] = fragment[s].x;
     a[1] = fragment[s].y;

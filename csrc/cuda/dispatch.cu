@@ -107,7 +107,6 @@ void linear(const CudaPlan& plan, const Constants& constants, const Call& call) 
   const Activations a = activations_of(plan, w, call);
   const Scratch scratch{reinterpret_cast<std::int32_t*>(call.workspace + w.partial), w.partial_elements, constants.counters};
   std::uint8_t* expanded = reinterpret_cast<std::uint8_t*>(call.workspace + w.expanded);
-  const std::int64_t element_bytes = call.dtype == DType::kFloat32 ? 4 : 2;
   const bool alone = chosen == Choice::kAuto && plan.segments.size() == 1 && plan.projection.group_size == 0;
   bool quantized = false;
   for (const Segment& segment : plan.segments) {
@@ -117,10 +116,7 @@ void linear(const CudaPlan& plan, const Constants& constants, const Call& call) 
                         constants.tables[static_cast<int>(segment.codebook)],
                         segment.rows,
                         a.num_chunks};
-    const std::int64_t offset = segment.output_row * element_bytes;
-    const Output output{static_cast<char*>(call.y) + offset,
-                        call.bias == nullptr ? nullptr : static_cast<const char*>(call.bias) + offset, call.dtype,
-                        plan.out_features};
+    const Output output = rows_of(Output{call.y, call.bias, call.dtype, plan.out_features}, segment.output_row);
     if (alone && quantize_and_multiply(tokens, weight, output, scratch, call.stream)) return;
     const bool by_prefill = takes_prefill(chosen, segment, a.num_columns(), a.num_chunks),
                expands_first = by_prefill && !quantized;

@@ -85,6 +85,7 @@ struct Output {
   std::int64_t stride;  // elements from one token to the next: out_features of the layer
 };
 
+// Of the rows from `first` on.
 inline Output rows_of(const Output& output, std::int64_t first) {
   const std::int64_t bytes = first * (output.dtype == DType::kFloat32 ? 4 : 2);
   Output part = output;

@@ -224,10 +224,11 @@ __device__ __forceinline__ void multiply_tiles(const WgmmaArguments& p, const Wg
   constexpr bool kLooksUp = table_bytes(kId) > 0;
   if constexpr (kLooksUp) wait_barrier(work.window + kTableBarrier, 0);
   LaneChunk<kId> looked_up;
-  typename LaneChunk<kId>::Found found;
+  typename LaneChunk<kId>::Found found[kSteps];
   const auto look_up = [&](int i) {
     if constexpr (kLooksUp) {
-      packed[i].find(tables, found);
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) packed[i].find(step, tables, found[step]);
       looked_up = packed[i];
       refill(i);
     }
@@ -235,7 +236,7 @@ __device__ __forceinline__ void multiply_tiles(const WgmmaArguments& p, const Wg
   std::uint32_t a[2][kSteps][4];  // of the chunk that is multiplied, and of the next one
   const auto expand = [&](int i) {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) (kLooksUp ? looked_up : packed[i]).expand(step, found, a[i][step]);
+    for (int step = 0; step < kSteps; ++step) (kLooksUp ? looked_up : packed[i]).expand(step, found[step], a[i][step]);
     if constexpr (!kLooksUp) refill(i);
     pin(a[i]);
   };
