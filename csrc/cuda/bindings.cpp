@@ -15,6 +15,7 @@
 #include "wgmma_schedule.h"
 
 namespace py = pybind11;
+using namespace pybind11::literals;
 
 namespace pvq::cuda {
 namespace {
@@ -81,6 +82,38 @@ py::list tile_order(int row_tiles, int column_tiles, int panel_shift, int first,
     list.append(py::make_tuple(row_tile, column_tile));
   }
   return list;
+}
+
+py::list wgmma_shares(int splits, int num_chunks) {  // for tests: of every CTA, chunks by warpgroup
+  py::list ctas;
+  for (int rank = 0; rank < splits; ++rank) {
+    const WgmmaShare share(rank, splits, num_chunks);
+    py::list warpgroups;
+    for (int warpgroup = 0; warpgroup < 2; ++warpgroup) {
+      py::list chunks;
+      for (int chunk = share.begin; chunk < share.end; ++chunk) chunks.append(chunk);
+      for (int i = 0; i < share.chunks(warpgroup == rank) - (share.end - share.begin); ++i) chunks.append(share.middle_begin + i);
+      warpgroups.append(chunks);
+    }
+    ctas.append(warpgroups);
+  }
+  return ctas;
+}
+
+py::tuple wgmma_launches(std::int64_t rows, std::int64_t num_columns, std::int64_t num_chunks, int table_bytes,
+                         int max_shared_bytes, const std::vector<int>& resident) {  // for tests: rows of the first, the launches
+  WgmmaProblem problem{table_bytes, rows, num_columns, num_chunks, max_shared_bytes};
+  for (std::size_t size = 1; size <= kWgmmaMaxSplits; ++size) problem.resident[size] = resident.at(size - 1);
+  const WgmmaLaunches launches = choose_wgmma_launches(problem);
+  const auto describe = [](const WgmmaSchedule& s) {
+    return py::dict("columns_per_tile"_a = s.columns_per_tile, "splits"_a = s.splits, "tiles"_a = s.order.tiles(),
+                    "workers"_a = s.workers, "stages"_a = s.stages, "shared_sums"_a = s.shared_sums,
+                    "shared_stages"_a = s.shared_stages, "shared_bytes"_a = s.shared_bytes);
+  };
+  py::list schedules;
+  schedules.append(describe(launches.first.schedule));
+  if (launches.rows < rows) schedules.append(describe(launches.rest.schedule));
+  return py::make_tuple(launches.rows, schedules);
 }
 
 Constants constants_at(const std::vector<Address>& tables, Address signs) {
@@ -218,6 +251,8 @@ void bind(py::module_ m) {
 
   m.def("expansion_order", &expansion_order);
   m.def("tile_order", &tile_order);
+  m.def("wgmma_shares", &wgmma_shares);
+  m.def("wgmma_launches", &wgmma_launches);
   m.def("many_columns_wgmma_first_rows",  // for tests
         [](int codebook, std::int64_t rows, std::int64_t num_columns, std::int64_t num_chunks, int device) {
           const DeviceScope scope(device);

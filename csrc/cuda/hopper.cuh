@@ -70,8 +70,11 @@ __device__ __forceinline__ std::uint32_t cluster_rank() {
   return rank;
 }
 
+__device__ __forceinline__ void arrive_cluster() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wait_cluster() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 __device__ __forceinline__ void synchronize_cluster() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  arrive_cluster();
+  wait_cluster();
 }
 
 // Threads `count` (a multiple of 32) of a CTA, barrier `id` from 1 to 15.

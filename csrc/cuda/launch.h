@@ -42,7 +42,7 @@ __device__ __forceinline__ void launch_dependents() {
 }
 
 // Until the kernels before this one have finished and their writes are visible: before the first read of what they wrote, and
-// before the first global write.
+// before the first global write. (Two kernels have another order: expand_first, and the second launch of many_columns_wgmma.)
 __device__ __forceinline__ void wait_for_dependencies() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -40,34 +40,12 @@ const Resident& resident_clusters() {
   return resident[device];
 }
 
-WgmmaChoice choose(CodebookId codebook, std::int64_t rows, std::int64_t num_columns, std::int64_t num_chunks) {
+WgmmaLaunches launches(CodebookId codebook, std::int64_t rows, std::int64_t num_columns, std::int64_t num_chunks) {
   const DeviceProperties& device = device_properties();
   if (device.capability != 90) throw std::runtime_error("many_columns_wgmma needs a GPU of compute capability 9.0");
   WgmmaProblem problem{table_bytes(codebook), rows, num_columns, num_chunks, device.max_shared_bytes};
   std::copy(resident_clusters().begin(), resident_clusters().end(), problem.resident);
-  return choose_wgmma_schedule(problem);
-}
-
-// Where the last round of tiles leaves most of the device idle, its rows may be a launch of their own, whose clusters divide the
-// chunks. Rows of the first launch, and cycles of both.
-struct Launches {
-  std::int64_t rows;
-  WgmmaChoice first, rest;  // rest: if there are more rows
-  double cycles;
-};
-
-Launches launches(CodebookId codebook, std::int64_t rows, std::int64_t num_columns, std::int64_t num_chunks) {
-  constexpr double kLaunchCycles = 17000;  // it waits until the first one has ended
-  const WgmmaChoice all = choose(codebook, rows, num_columns, num_chunks);
-  const WgmmaSchedule& s = all.schedule;
-  const int whole_rounds = s.splits == 1 ? s.order.tiles() / s.workers * s.workers : 0;
-  const std::int64_t first_rows = std::int64_t{whole_rounds / s.order.column_tiles} * kWgmmaRows;
-  if (first_rows == 0 || first_rows >= rows) return {rows, all, {}, all.cycles};
-  const WgmmaChoice first = choose(codebook, first_rows, num_columns, num_chunks),
-                    rest = choose(codebook, rows - first_rows, num_columns, num_chunks);
-  const double cycles = first.cycles + kLaunchCycles + rest.cycles;
-  if (cycles >= all.cycles) return {rows, all, {}, all.cycles};
-  return {first_rows, first, rest, cycles};
+  return choose_wgmma_launches(problem);
 }
 
 }  // namespace
@@ -83,12 +61,14 @@ double many_columns_wgmma_cycles(CodebookId codebook, std::int64_t rows, std::in
 
 void many_columns_wgmma(const Activations& a, const Weight& weight, const Output& output, cudaStream_t stream) {
   if (a.num_columns() <= 0 || weight.rows <= 0) return;
-  const Launches l = launches(weight.codebook, weight.rows, a.num_columns(), weight.num_chunks);
+  const WgmmaLaunches l = launches(weight.codebook, weight.rows, a.num_columns(), weight.num_chunks);
   with_codebook(weight.codebook, [&](auto id) {
-    launch_many_columns_wgmma<decltype(id)::value>({{a, rows_of(weight, 0, l.rows), output}, l.first.schedule}, stream);
-    if (l.rows < weight.rows)
+    const std::int64_t left = weight.rows - l.rows;
+    launch_many_columns_wgmma<decltype(id)::value>({{a, rows_of(weight, 0, l.rows), output}, l.first.schedule, left > 0, false},
+                                                   stream);
+    if (left > 0)
       launch_many_columns_wgmma<decltype(id)::value>(
-          {{a, rows_of(weight, l.rows, weight.rows - l.rows), rows_of(output, l.rows)}, l.rest.schedule}, stream);
+          {{a, rows_of(weight, l.rows, left), rows_of(output, l.rows)}, l.rest.schedule, false, true}, stream);
   });
 }
 

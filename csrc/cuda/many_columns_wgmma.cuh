@@ -13,10 +13,11 @@
 #include "hopper.cuh"
 #include "launch.h"
 #include "wgmma_finish.cuh"
+#include "wgmma_split.cuh"
+#include "wgmma_work.cuh"
 
 namespace pvq::cuda {
 
-constexpr int kWgmmaGroups = 2;                          // that multiply
 constexpr int kWgmmaThreads = kWgmmaGroups * 128 + 128;  // a warpgroup more: one of its warps copies, two load areas
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -24,37 +25,6 @@ constexpr int kWgmmaThreads = kWgmmaGroups * 128 + 128;  // a warpgroup more: on
 constexpr int kCopyRegisters = 24, kMultiplyRegisters = 240;  // with 256 columns
 // Those of all threads at the start, in steps of eight; more would never come.
 static_assert(128 * kCopyRegisters + 128 * kWgmmaGroups * kMultiplyRegisters <= kWgmmaThreads * (65536 / kWgmmaThreads / 8 * 8));
-
-// Addresses in shared memory.
-constexpr int kTableBarrier = kSharedBase, kFullBarriers = kSharedBase + 16, kEmptyBarriers = kFullBarriers + 8 * kWgmmaMaxStages;
-constexpr int kPartBarriers = kEmptyBarriers + 8 * kWgmmaMaxStages;  // [most_parts][kWgmmaGroups]
-// Of a warpgroup's area: it holds what the tile needs; it can be filled again.
-constexpr int kReadyBarriers = kPartBarriers + 8 * most_parts(2) * kWgmmaGroups,
-              kFreeBarriers = kReadyBarriers + 8 * kWgmmaGroups;
-static_assert(kFreeBarriers + 8 * kWgmmaGroups <= kSharedGains && kSharedGains % 64 == 0 &&
-              kSharedGains + kGainTableBytes <= kSharedArea);
-
-constexpr int kWarpgroupBarrier = 1;  // named, one for each warpgroup that multiplies; 0 is __syncthreads
-
-// What a CTA does: chunks [begin, end) of the tiles first, first + stride, ...
-struct WgmmaWork {
-  int first, stride, begin, end, rank;
-  std::uint32_t window;  // where this CTA's shared memory starts
-
-  __device__ __forceinline__ int units(const WgmmaSchedule& s) const {
-    return ((s.order.tiles() - 1 - first) / stride + 1) * (end - begin);
-  }
-  __device__ __forceinline__ std::uint32_t full(int stage) const { return window + kFullBarriers + 8 * stage; }
-  __device__ __forceinline__ std::uint32_t empty(int stage) const { return window + kEmptyBarriers + 8 * stage; }
-  __device__ __forceinline__ std::uint32_t ready(int warpgroup) const { return window + kReadyBarriers + 8 * warpgroup; }
-  __device__ __forceinline__ std::uint32_t free(int warpgroup) const { return window + kFreeBarriers + 8 * warpgroup; }
-  __device__ __forceinline__ std::uint32_t part(int part, int warpgroup) const {
-    return window + kPartBarriers + 8 * (part * kWgmmaGroups + warpgroup);
-  }
-  __device__ __forceinline__ std::uint32_t stage(const WgmmaSchedule& s, int stage) const {
-    return window + s.shared_stages + stage * s.stage_bytes;
-  }
-};
 
 // Activations to stages, by one thread, from unit to unit (a chunk of a tile of y).
 template <int kN>
@@ -79,6 +49,10 @@ struct WgmmaCopies {
   __device__ __forceinline__ void advance() {
     ++unit;
     if (++chunk < work.end) return;
+    if (work.middle > 0) {
+      chunk = work.middle_begin + unit - (work.end - work.begin);
+      return;
+    }
     chunk = work.begin;
     tile += work.stride;
     start_tile();
@@ -128,93 +102,99 @@ __device__ __forceinline__ void load_areas(const WgmmaArguments& p, const WgmmaW
   }
 }
 
-// The CTAs of a cluster send each other their sums, and each adds up and finishes its parts of the columns. A warpgroup.
-template <int kN>
-__device__ __forceinline__ void finish_split(const WgmmaArguments& p, const WgmmaWork& work, const FinishArea<kN>& area,
-                                             int warpgroup, int thread, const std::int32_t (&acc)[kN / 2], int first_row,
-                                             int first_column) {
-  constexpr int kPart = kN / kSplitParts, kQuads = kPart / 8, kBytes = kQuads * 2048;  // of a part: of a CTA and a warpgroup
-  const int splits = p.schedule.splits, first = first_part(work.rank, splits);
-  const int parts = min(kSplitParts, ceil_div(static_cast<int>(p.a.num_columns()) - first_column, kPart));  // that exist
-  synchronize_cluster();  // all stages have been read
-  if (first_row >= p.weight.rows) return;
-  const std::uint32_t sums = work.window + p.schedule.shared_stages + thread * 16;
-  const auto place = [&](int part, int rank) { return ((part * kWgmmaGroups + warpgroup) * splits + rank) * kBytes; };
-  const int bound = first_part(1, splits), bound2 = splits > 2 ? first_part(2, splits) : kSplitParts;
-#pragma unroll
-  for (int part = 0; part < kSplitParts; ++part) {
-    if (part >= parts) break;
-    const int owner = (part >= bound) + (part >= bound2), local = part - (part >= bound2 ? bound2 : part >= bound ? bound : 0);
-    const std::uint32_t to = sums + place(local, work.rank);
-    const std::int32_t* v = acc + part * (kPart / 2);
-    if (owner == work.rank) {
-#pragma unroll
-      for (int q = 0; q < kQuads; ++q) store_shared(to + q * 2048, make_int4(v[4 * q], v[4 * q + 1], v[4 * q + 2], v[4 * q + 3]));
-    } else {
-      const std::uint32_t remote = address_in(to, owner), barrier = address_in(work.part(local, warpgroup), owner);
-#pragma unroll
-      for (int q = 0; q < kQuads; ++q)
-        send(remote + q * 2048, make_int4(v[4 * q], v[4 * q + 1], v[4 * q + 2], v[4 * q + 3]), barrier);
-    }
-  }
-  const int mine = min(first_part(work.rank + 1, splits), parts) - first;
-  if (mine <= 0) return;
-  using Finish = WgmmaFinish<kPart, kN>;
-  Finish(p, area, first_row, first_column, first * kPart, thread, kWarpgroupBarrier + warpgroup)
-      .template store<1>(mine, [&](int part, typename Finish::Sums& total) {
-        if (thread == 0) expect_bytes(work.part(part, warpgroup), (splits - 1) * kBytes);
-        wait_barrier(work.part(part, warpgroup), 0);
-#pragma unroll
-        for (int i = 0; i < Finish::kSums; ++i) total[i] = 0;
-        for (int rank = 0; rank < splits; ++rank) {
-#pragma unroll
-          for (int q = 0; q < kQuads; ++q) {
-            const int4 v = shared_quad(sums + place(part, rank) + q * 2048);
-            total[4 * q] += v.x;
-            total[4 * q + 1] += v.y;
-            total[4 * q + 2] += v.z;
-            total[4 * q + 3] += v.w;
-          }
-        }
-      });
+// Before activations are read. Of two launches, the second one may start from then on.
+__device__ __forceinline__ void wait_for_activations(const WgmmaArguments& p) {
+  if (!p.follows) wait_for_dependencies();
+  if (p.followed) launch_dependents();
 }
 
+// Where a warp's next chunk of packed weights is. It is fetched up to kWgmmaAhead chunks before it is multiplied, from tile to
+// tile; behind the last one, and where the warp has no rows, some are fetched again.
+template <CodebookId kId, int kN, int kSplits>
+struct WeightCursor {
+  static constexpr int kChunkBytes = chunk_bytes(kId);
+  // The place of the next tile is found when its first chunk is fetched, or once a tile, out of the loop. This decides in which
+  // order ptxas puts the loop's instructions: either is 1 to 6% faster where it is used (docs/kernels_gpu.md).
+  static constexpr bool kFindsInLoop = kSplits == 1 && kN == 256;
+
+  const WgmmaArguments& p;
+  const WgmmaWork& work;
+  const int warp;
+  int tile, left = 0, step = kChunkBytes;  // left: chunks of the tile
+  const std::uint8_t *at, *next_tile;
+
+  __device__ __forceinline__ WeightCursor(const WgmmaArguments& p, const WgmmaWork& work, int warp)
+      : p(p), work(work), warp(warp), tile(work.first), at(p.weight.data), next_tile(at) {
+    if constexpr (kFindsInLoop) {
+      start_tile();
+    } else {
+      left = work.end - work.begin;
+      at = next_tile = first_chunk(tile);
+      find_next_tile();
+    }
+  }
+
+  __device__ __forceinline__ void advance() {
+    --left;
+    if constexpr (kFindsInLoop) {
+      if (left > 0) {
+        at += step;
+      } else {
+        tile += work.stride;
+        start_tile();
+      }
+    } else if constexpr (kSplits == 1) {
+      if (left == 0) left = work.end;
+      at = left == work.end ? next_tile : at + kChunkBytes;
+    } else if (kSplits == 2 && left == 0) {
+      at += (work.middle_begin - work.end + 1) * kChunkBytes;
+    } else if (left > -middle_chunks(kSplits)) {
+      at += kChunkBytes;
+    }
+  }
+
+  // Before the first chunk of a tile is multiplied; those of the one after it are not fetched yet (choose_wgmma_schedule).
+  __device__ __forceinline__ void find_next_tile() {
+    if constexpr (kSplits == 1 && !kFindsInLoop) {
+      tile += work.stride;
+      if (tile < p.schedule.order.tiles()) next_tile = first_chunk(tile);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ std::int64_t row_tile_of(int tile) const {  // of the warp, of kTileRows
+    int row_tile, column_tile;
+    p.schedule.order.place(tile, row_tile, column_tile);
+    return row_tile * (kWgmmaRows / kTileRows) + warp;
+  }
+  __device__ __forceinline__ const std::uint8_t* first_chunk(int tile) const {
+    const std::int64_t last = round_up(p.weight.rows, std::int64_t{kRowAlignment}) / kTileRows - 1;
+    return p.weight.data + (min(row_tile_of(tile), last) * p.weight.num_chunks + work.begin) * kChunkBytes;
+  }
+  __device__ __forceinline__ void start_tile() {
+    left = work.end - work.begin;
+    step = 0;
+    if (tile >= p.schedule.order.tiles()) return;
+    const std::int64_t row_tile = row_tile_of(tile);
+    if (row_tile / 4 * kRowAlignment >= p.weight.rows) return;
+    at = p.weight.data + (row_tile * static_cast<int>(p.weight.num_chunks) + work.begin) * kChunkBytes;
+    step = kChunkBytes;
+  }
+};
+
 // A warpgroup. Each warp has 16 rows.
-template <CodebookId kId, int kN, bool kSplit>
+template <CodebookId kId, int kN, int kSplits>
 __device__ __forceinline__ void multiply_tiles(const WgmmaArguments& p, const WgmmaWork& work, char* shared) {
-  constexpr int kChunkBytes = chunk_bytes(kId);
   const WgmmaSchedule& s = p.schedule;
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0), warpgroup = warp / 4;
-  const int lane = threadIdx.x % 32, num_chunks = static_cast<int>(p.weight.num_chunks);
+  const int lane = threadIdx.x % 32;
 
-  // Packed weights are on their way to registers two chunks ahead. Past the last chunk, and without rows, some are read again.
-  int load_tile = work.first, loads_left = 0, load_step = 0;  // chunks left of the tile of y
-  const std::uint8_t* load_from = p.weight.data;
-  const auto start_tile = [&] {
-    loads_left = work.end - work.begin;
-    load_step = 0;
-    if (load_tile >= s.order.tiles()) return;
-    int row_tile, column_tile;
-    s.order.place(load_tile, row_tile, column_tile);
-    const std::int64_t tile = row_tile * kWgmmaRows / kTileRows + warp;
-    if (tile / 4 * kRowAlignment >= p.weight.rows) return;
-    load_from = p.weight.data + (tile * num_chunks + work.begin) * kChunkBytes;
-    load_step = kChunkBytes;
-  };
-  const auto next_load = [&] {
-    if (--loads_left > 0) {
-      load_from += load_step;
-    } else {
-      load_tile += work.stride;
-      start_tile();
-    }
-  };
+  WeightCursor<kId, kN, kSplits> weights(p, work, warp);
   LaneChunk<kId> packed[2];
   const auto refill = [&](int i) {
-    packed[i].load(load_from, lane);
-    next_load();
+    packed[i].load(weights.at, lane);
+    weights.advance();
   };
-  start_tile();
   refill(0);
   refill(1);
 
@@ -243,7 +223,8 @@ __device__ __forceinline__ void multiply_tiles(const WgmmaArguments& p, const Wg
   look_up(0);
   expand(0);
   look_up(1);
-  wait_for_dependencies();
+  if constexpr (kSplits == 2) wait_cluster();  // the other CTA has barriers
+  wait_for_activations(p);
 
   std::int32_t acc[kN / 2] = {};
   Ring ring;
@@ -267,7 +248,7 @@ __device__ __forceinline__ void multiply_tiles(const WgmmaArguments& p, const Wg
   std::uint32_t parity = 0;
   for (int tile = work.first;;) {
     bool odd = true;
-    for (int left = work.end - work.begin;;) {
+    for (int left = work.chunks(warpgroup == work.rank);;) {
       multiply_chunk(std::integral_constant<int, 0>{});
       if (--left == 0) break;
       multiply_chunk(std::integral_constant<int, 1>{});
@@ -282,15 +263,17 @@ __device__ __forceinline__ void multiply_tiles(const WgmmaArguments& p, const Wg
     s.order.place(tile, row_tile, column_tile);
     const int first_row = row_tile * kWgmmaRows + warpgroup * 64, first_column = column_tile * kN;
     const FinishArea<kN> area(shared + kSharedArea + warpgroup * s.area_stride);
-    wait_barrier(work.ready(warpgroup), parity);
-    if constexpr (kSplit) {
-      finish_split<kN>(p, work, area, warpgroup, thread, acc, first_row, first_column);
-      return;  // a tile each
+    if constexpr (kSplits == 2) {
+      return finish_pair<kN>(p, work, area, warpgroup, thread, acc, first_row, first_column);
+    } else if constexpr (kSplits == 3) {
+      return finish_three<kN>(p, work, area, warpgroup, thread, acc, first_row, first_column);
     } else {
+      wait_barrier(work.ready(warpgroup), parity);
       if (first_row < p.weight.rows)
         finish_tile<kN>(p, area, first_row, first_column, thread, kWarpgroupBarrier + warpgroup, acc);
       tile += work.stride;
       if (tile >= s.order.tiles()) return;
+      weights.find_next_tile();
       arrive(work.free(warpgroup));
       parity ^= 1;
 #pragma unroll
@@ -310,7 +293,7 @@ __device__ __forceinline__ void multiply_tiles(const WgmmaArguments& p, const Wg
 
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
 
-template <CodebookId kId, int kN, bool kSplit>
+template <CodebookId kId, int kN, int kSplits>
 __global__ void __launch_bounds__(kWgmmaThreads, 1) many_columns_wgmma_kernel(const __grid_constant__ WgmmaArguments p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ char dynamic[];
@@ -320,14 +303,9 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1) many_columns_wgmma_kernel(co
   char* shared = dynamic - kSharedBase;
   const WgmmaSchedule& s = p.schedule;
 
-  launch_dependents();
+  if (!p.followed) launch_dependents();
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0), lane = threadIdx.x % 32;
-  const int rank = static_cast<int>(cluster_rank()), num_chunks = static_cast<int>(p.weight.num_chunks);
-  WgmmaWork work{static_cast<int>(blockIdx.x) / s.splits, s.workers, 0, num_chunks, rank, window};
-  if constexpr (kSplit) {
-    work.begin = num_chunks * rank / s.splits;
-    work.end = num_chunks * (rank + 1) / s.splits;
-  }
+  const WgmmaWork work(s, static_cast<int>(cluster_rank()), kSplits, static_cast<int>(p.weight.num_chunks), window);
   if (threadIdx.x == 0) {
     init_barrier(window + kTableBarrier, 1);
     for (int stage = 0; stage < s.stages; ++stage) {
@@ -338,10 +316,11 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1) many_columns_wgmma_kernel(co
       init_barrier(work.ready(warpgroup), 32);
       init_barrier(work.free(warpgroup), 128);
     }
-    if constexpr (kSplit) {
-      for (int i = 0; i < most_parts(2) * kWgmmaGroups; ++i) init_barrier(window + kPartBarriers + 8 * i, 1);
+    if constexpr (kSplits > 1) {
+      for (int part = 0; part < kSplitParts; ++part) init_barrier(work.part(part), 1);
     }
     fence_barrier_init();
+    if constexpr (kSplits == 2) expect_pair<kN>(work);
     if constexpr (table_bytes(kId) > 0) {
       expect_bytes(window + kTableBarrier, table_bytes(kId));
       copy_bulk(window + s.shared_digits, p.weight.table, table_bytes(kId), window + kTableBarrier);
@@ -351,20 +330,23 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1) many_columns_wgmma_kernel(co
     if (warp == kWgmmaGroups * 4) write_gains<kId>(shared + kSharedGains, lane);
   }
   __syncthreads();
+  if constexpr (kSplits == 2) arrive_cluster();
 
   if (warp >= kWgmmaGroups * 4) {
     if constexpr (kN == 256) shrink_registers<kCopyRegisters>();
-    wait_for_dependencies();
+    if constexpr (kSplits == 2) wait_cluster();
+    wait_for_activations(p);
     if (warp == kWgmmaGroups * 4) {
       if (lane == 0) copy_tiles<kN>(p, work);
     } else if (warp <= kWgmmaGroups * 4 + kWgmmaGroups) {
       load_areas<kN>(p, work, shared, warp - kWgmmaGroups * 4 - 1, lane);
     }
     __syncwarp();
-    if constexpr (kSplit) synchronize_cluster();  // with finish_split
+    if constexpr (kSplits == 3) synchronize_cluster();  // with finish_three
+    if (p.follows) wait_for_dependencies();             // what comes next waits for this launch only
   } else {
     if constexpr (kN == 256) grow_registers<kMultiplyRegisters>();
-    multiply_tiles<kId, kN, kSplit>(p, work, shared);
+    multiply_tiles<kId, kN, kSplits>(p, work, shared);
   }
 #endif
 }
@@ -375,9 +357,11 @@ void launch_many_columns_wgmma(const WgmmaArguments& p, cudaStream_t stream) {
   const auto start = [&](auto columns) {
     constexpr int kN = decltype(columns)::value;
     const dim3 grid(static_cast<unsigned>(s.workers * s.splits)), block(kWgmmaThreads);
-    const auto kernel = s.splits > 1 ? many_columns_wgmma_kernel<kId, kN, true> : many_columns_wgmma_kernel<kId, kN, false>;
-    launch_clusters(s.splits, starts_early(p.a, grid.x), kernel, grid, block, static_cast<std::size_t>(s.shared_bytes), stream,
-                    p);
+    const auto kernel = s.splits == 3   ? many_columns_wgmma_kernel<kId, kN, 3>
+                        : s.splits == 2 ? many_columns_wgmma_kernel<kId, kN, 2>
+                                        : many_columns_wgmma_kernel<kId, kN, 1>;
+    launch_clusters(s.splits, p.follows || starts_early(p.a, grid.x), kernel, grid, block,
+                    static_cast<std::size_t>(s.shared_bytes), stream, p);
   };
   switch (s.columns_per_tile) {
     case 128:

@@ -18,6 +18,9 @@ struct Product {
 
 struct WgmmaArguments : Product {
   WgmmaSchedule schedule;
+  // Of two launches for one weight: the second one starts when all CTAs of the first have waited for the activations, so it finds
+  // them, and ends after the first.
+  bool followed = false, follows = false;
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -54,7 +57,8 @@ struct FinishArea {
   __device__ __forceinline__ static Column fetch_column(const Product& p, int column) {
     if (column >= p.a.num_columns()) return {0, 0.0f};
     const int half_offset = p.weight.codebook == CodebookId::kInt8 ? 0 : 1;
-    return {half_offset * p.a.sums[column], p.a.token_scale[p.a.num_planes == 2 ? column / 2 : column]};
+    // Past the first-level cache: a launch that follows another has not waited for those before it (WgmmaArguments).
+    return {half_offset * __ldcg(p.a.sums + column), __ldcg(p.a.token_scale + (p.a.num_planes == 2 ? column / 2 : column))};
   }
 
   // By a warp; it and those that read synchronize before and after.

@@ -28,13 +28,31 @@ constexpr int kStagedColumns = 32;  // of a buffer
 constexpr int finish_area_bytes(int columns_per_tile) {
   return 2 * kStagedColumns * kStagedColumnBytes + columns_per_tile * 8 + 64 * 8;
 }
-// The CTAs of a split tile finish consecutive parts of its columns each: first_part(rank) up to the next CTA's.
+constexpr int kWgmmaAhead = 4;  // chunks that a warp has begun to fetch beyond the one that it multiplies, at most
+
+// Chunks of a tile that a CTA multiplies: [begin, end), and for the rows of the warpgroup whose number is its rank the middle's.
+// Two CTAs each finish the rows of one warpgroup: their middle is multiplied while the other CTA's sums are on their way.
+constexpr int kMiddleChunks = 2;
+constexpr int middle_chunks(int splits) { return splits == 2 ? kMiddleChunks : 0; }
+struct WgmmaShare {
+  int begin, end, middle, middle_begin;
+  PVQ_HOST_DEVICE WgmmaShare(int rank, int splits, int num_chunks)
+      : middle(middle_chunks(splits)), middle_begin((num_chunks - middle) / 2) {
+    const int divided = num_chunks - middle;
+    begin = divided * rank / splits + rank * middle;
+    end = divided * (rank + 1) / splits + rank * middle;
+  }
+  PVQ_HOST_DEVICE int chunks(bool has_middle) const { return end - begin + (has_middle ? middle : 0); }
+};
+// Where the other's sums come to.
+constexpr int pair_sums_bytes(int columns_per_tile) { return kWgmmaRows / 2 * columns_per_tile * 4; }
+// Three: each finishes consecutive parts of the columns, first_part(rank) up to the next CTA's. The sums of all three for them
+// take the place of its stages.
 constexpr int kSplitParts = 8;
-constexpr int first_part(int rank, int splits) { return kSplitParts * rank / splits; }
-constexpr int most_parts(int splits) { return (kSplitParts + splits - 1) / splits; }
-// Sums of all CTAs for a CTA's parts, in the place of its stages.
-constexpr int split_sums_bytes(int columns_per_tile, int splits) {
-  return most_parts(splits) * splits * kWgmmaRows * (columns_per_tile / kSplitParts) * 4;
+constexpr int first_part(int rank) { return kSplitParts * rank / 3; }
+constexpr int kMostParts = (kSplitParts + 2) / 3;
+constexpr int three_sums_bytes(int columns_per_tile) {
+  return kMostParts * 3 * kWgmmaRows * (columns_per_tile / kSplitParts) * 4;
 }
 
 // The tiles of y. Column tiles run fastest within a panel: their weights are read together, and its activations stay in the L2
@@ -78,9 +96,9 @@ struct WgmmaSchedule {
   TileOrder order;
   int workers;
   int stages, stage_bytes;
-  int area_stride;                                 // bytes of a warpgroup in the area
-  int shared_gains;                                // kSharedGains: LOP3 takes it from a register, but not as a second immediate
-  int shared_digits, shared_stages, shared_bytes;  // two addresses; dynamic shared memory
+  int area_stride;   // bytes of a warpgroup in the area
+  int shared_gains;  // kSharedGains: LOP3 takes it from a register, but not as a second immediate
+  int shared_digits, shared_sums, shared_stages, shared_bytes;  // three addresses; dynamic shared memory
 };
 
 // What choose_wgmma_schedule looks at.
@@ -97,5 +115,14 @@ struct WgmmaChoice {
   double cycles;
 };
 WgmmaChoice choose_wgmma_schedule(const WgmmaProblem& problem);
+
+// Where the last round of tiles leaves most of the device idle, its rows may be a launch of their own, whose clusters divide the
+// chunks.
+struct WgmmaLaunches {
+  std::int64_t rows;        // of the first one
+  WgmmaChoice first, rest;  // rest: if there are more rows
+  double cycles;            // of both
+};
+WgmmaLaunches choose_wgmma_launches(const WgmmaProblem& problem);
 
 }  // namespace pvq::cuda

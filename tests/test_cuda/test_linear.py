@@ -136,7 +136,7 @@ def test_more_tiles_than_multiprocessors(kit, monkeypatch, kernel, dtype):
 def test_tiles_of_an_odd_number_of_chunks(kit, monkeypatch, name):
     """A block's next tile begins with the registers that its last one left to the chunk after the next."""
     force("wgmma", monkeypatch)
-    for rows, columns, tokens in ((20000, 1152, 200), (17096, 384, 65)):
+    for rows, columns, tokens in ((20000, 1152, 200), (17096, 640, 65), (20000, 896, 65), (17096, 384, 65)):
         layer = kit.build_layer([(name, rows)], columns, "a8")
         x = kit.random_tokens(tokens, columns, torch.float16)
         assert kit.describe_difference(*layer.both(x)) == ""
@@ -154,6 +154,30 @@ def test_the_last_round_of_tiles_in_a_launch_of_its_own(kit, monkeypatch, dtype)
     layer = kit.build_layer([("pvq4", rows)], 128 * chunks, "a8")
     x = kit.random_tokens(tokens, 128 * chunks, dtype)
     assert kit.describe_difference(*layer.both(x, torch.randn(rows).to(dtype))) == ""
+
+
+def test_calls_of_two_launches_that_follow_each_other(kit, monkeypatch):
+    """The second launch waits for no other, and what comes next must not overwrite the activations of either; in a graph, too."""
+    force("wgmma", monkeypatch)
+    device, tokens, chunks = torch.cuda.current_device(), 100, 33
+    rows = 128 * (torch.cuda.get_device_properties(device).multi_processor_count + 50)
+    assert _C.cuda.many_columns_wgmma_first_rows(codebook_id("pvq4"), rows, tokens, chunks, device) < rows
+    layer = kit.build_layer([("pvq4", rows)], 128 * chunks, "a8")
+    inputs = [kit.random_tokens(count, 128 * chunks, torch.float16) for count in (tokens, tokens - 1)]
+    expected = [layer.both(x)[1] for x in inputs]
+    on_gpu = [x.cuda() for x in inputs]
+
+    def run() -> list[torch.Tensor]:
+        return [ops.linear(on_gpu[i % 2], layer.on_gpu, None, rows, layer.plan) for i in range(8)]
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for _ in range(3):
+        graph.replay()
+    for outputs in (run(), captured):
+        for i, y in enumerate(outputs):
+            assert kit.describe_difference(y.cpu(), expected[i % 2]) == ""
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -183,7 +207,7 @@ def test_a_weight_that_is_expanded_in_several_parts(kit, monkeypatch):
 def test_blocks_that_divide_a_reduction(kit, monkeypatch, name, mode):
     """Few rows: clusters of two and three blocks add their sums up."""
     force("wgmma", monkeypatch)
-    for columns, rows in ((2056, 6200), (2304, 4500), (4096, 3000)):
+    for columns, rows in ((2056, 6200), (2304, 4500), (4096, 3000), (512, 170)):
         layer = kit.build_layer([(name, rows)], columns, mode, 0)
         for tokens in (65, 128, 200, 256):
             x = kit.random_tokens(tokens, columns, torch.float16)

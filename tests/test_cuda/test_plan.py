@@ -80,6 +80,73 @@ def test_tiles_are_walked_in_panels(row_tiles, column_tiles, panel_shift):
 
 
 @built_with_cuda
+@pytest.mark.parametrize("splits", [1, 2, 3])
+def test_every_chunk_of_a_divided_tile_is_multiplied_once(splits):
+    for num_chunks in range(4, 70):
+        ctas = _C.cuda.wgmma_shares(splits, num_chunks)
+        for warpgroup in range(2):
+            chunks = [chunk for cta in ctas for chunk in cta[warpgroup]]
+            assert sorted(chunks) == list(range(num_chunks))
+        counts = [len(chunks) for cta in ctas for chunks in cta]
+        # Of two, each has two chunks more for the rows that it finishes.
+        assert max(counts) - min(counts) <= (3 if splits == 2 else 1)
+        if splits == 2:
+            assert len(ctas[0][0]) - len(ctas[0][1]) == len(ctas[1][1]) - len(ctas[1][0]) == 2
+
+
+@built_with_cuda
+@pytest.mark.parametrize("table_bytes", [0, 32768])
+def test_launches_of_many_columns_fit_the_device(table_bytes):
+    max_shared, resident = 232448, [132, 66, 42]
+    choices = set()
+    for rows, columns, chunks in itertools.product(
+        (1, 130, 3000, 4096, 6144, 8192, 16896, 17200, 28672, 57344),
+        (65, 128, 200, 256, 300, 1024),
+        (1, 3, 4, 5, 8, 32, 64, 112),
+    ):
+        first_rows, launches = _C.cuda.wgmma_launches(
+            rows, columns, chunks, table_bytes, max_shared, resident
+        )
+        assert 0 < first_rows <= rows and (first_rows == rows or first_rows % 128 == 0)
+        assert len(launches) == (1 if first_rows == rows else 2)
+        for launch, launch_rows in zip(launches, (first_rows, rows - first_rows), strict=False):
+            n, splits = launch["columns_per_tile"], launch["splits"]
+            choices.add((n, splits, len(launches)))
+            assert launch["tiles"] == math.ceil(launch_rows / 128) * math.ceil(columns / n)
+            assert splits <= chunks and launch["workers"] <= launch["tiles"]
+            # Divided tiles are never taken in turn, nor are those of few chunks: the next tile's weights would come too late.
+            if splits > 1 or chunks <= 4:
+                assert launch["workers"] == launch["tiles"]
+            else:
+                assert launch["workers"] == min(launch["tiles"], resident[0])
+            assert launch["stages"] >= 2 and launch["shared_bytes"] <= max_shared
+            room = launch["shared_stages"] - launch["shared_sums"]
+            assert room == (64 * n * 4 if splits == 2 else 0)
+            if splits == 3:  # sums of three CTAs for three of eight parts, in the place of the stages
+                assert 3 * 3 * 128 * (n // 8) * 4 <= launch["stages"] * n * 128
+    # Of the second launches some divide their tiles.
+    assert {(256, 1, 1), (256, 2, 1), (256, 3, 1), (128, 2, 1), (128, 3, 1), (256, 2, 2)} <= choices
+
+
+@built_with_cuda
+@pytest.mark.parametrize("rows, chunks", [(17096, 5), (20000, 7)])
+def test_blocks_of_128_columns_that_take_several_tiles(rows, chunks):
+    """That is what these shapes are there for in test_linear.py."""
+    (launch,) = _C.cuda.wgmma_launches(rows, 65, chunks, 32768, 232448, [132, 66, 42])[1]
+    assert (launch["columns_per_tile"], launch["splits"]) == (128, 1) and launch["workers"] < launch["tiles"]
+
+
+@built_with_cuda
+@pytest.mark.parametrize(
+    "rows, columns, chunks", [(57344, 256, 64), (57344, 80, 64), (128 * 182, 100, 33), (128 * 182, 200, 33)]
+)
+def test_a_last_round_that_leaves_most_of_the_device_idle_is_a_launch_of_its_own(rows, columns, chunks):
+    first_rows, launches = _C.cuda.wgmma_launches(rows, columns, chunks, 32768, 232448, [132, 66, 42])
+    assert first_rows == rows // (128 * 132) * (128 * 132)
+    assert [launch["splits"] for launch in launches] == [1, 2]
+
+
+@built_with_cuda
 def test_sign_bits_are_the_signs_of_the_rotation():
     blocks, factors = rotation_layout(72)
     plan = ops.make_plan([("pvq4", 1)], 72, seed=3, first_column=40, rotation_blocks=blocks, factors=factors)
