@@ -70,7 +70,8 @@ void multiply(Choice chosen, const Activations& a, const Weight& weight, const O
   const bool hopper = device_properties().has_wgmma, any = chosen == Choice::kAuto;
   if ((any || chosen == Choice::kFew) && a.num_columns() <= kMaxFewColumns && few_columns(a, weight, output, scratch, stream))
     return;
-  if (hopper && (any || chosen == Choice::kTiles) && warp_tiles(a, weight, output, stream)) return;
+  const bool tiles = any ? warp_tiles_pay(weight.codebook, weight.rows, a.num_columns()) : chosen == Choice::kTiles;
+  if (hopper && tiles && warp_tiles(a, weight, output, stream)) return;
   if (hopper && chosen != Choice::kMma && (!any || a.num_columns() > kMmaColumns)) {
     many_columns_wgmma(a, weight, output, stream);
   } else {
@@ -104,7 +105,9 @@ void linear(const CudaPlan& plan, const Constants& constants, const Call& call) 
   const Choice chosen = choice();
   const Workspace w = workspace_of(plan, call.num_tokens, chosen);
   const Tokens tokens = tokens_of(plan, constants, call);
-  const Activations a = activations_of(plan, w, call);
+  Activations a = activations_of(plan, w, call);
+  if (chosen == Choice::kAuto && plan.segments.size() == 1)
+    a.shared_beside = shared_beside(plan.segments[0].codebook, plan.segments[0].rows, a.num_columns(), a.num_chunks);
   const Scratch scratch{reinterpret_cast<std::int32_t*>(call.workspace + w.partial), w.partial_elements, constants.counters};
   std::uint8_t* expanded = reinterpret_cast<std::uint8_t*>(call.workspace + w.expanded);
   const bool alone = chosen == Choice::kAuto && plan.segments.size() == 1 && plan.projection.group_size == 0;

@@ -58,6 +58,10 @@ struct Activations {   // quantized (layout.h)
   std::int64_t num_tokens, num_chunks, padded_columns;
   int num_planes;
   bool made_quickly;  // by quantize()
+  // Shared memory that a block of the product leaves on a multiprocessor: blocks of quantize() are spread so that they fit there.
+  // 0: it takes all. kUnknown: they are not spread.
+  static constexpr int kUnknown = -1;
+  int shared_beside = kUnknown;
   constexpr std::int64_t num_columns() const { return num_tokens * num_planes; }
 };
 
@@ -132,6 +136,9 @@ bool few_columns(const Activations& a, const Weight& weight, const Output& outpu
 // warp_tiles, sm_90a: at most kMaxWarpTileColumns; false likewise.
 constexpr int kMaxWarpTileColumns = 64;
 bool warp_tiles(const Activations& a, const Weight& weight, const Output& output, cudaStream_t stream);
+bool warp_tiles_pay(CodebookId codebook, std::int64_t rows, std::int64_t num_columns);  // beside many_columns_wgmma
+// Activations::shared_beside for it and the kernels for more columns, for one segment.
+int shared_beside(CodebookId codebook, std::int64_t rows, std::int64_t num_columns, std::int64_t num_chunks);
 void many_columns(const Activations& a, const Weight& weight, const Output& output, const Scratch& scratch, cudaStream_t stream);
 void many_columns_wgmma(const Activations& a, const Weight& weight, const Output& output, cudaStream_t stream);  // sm_90a
 // Rows of its first launch; if there are more, a second one takes them.

@@ -4,6 +4,8 @@
 // reach, a block goes over its token twice.
 #include <cooperative_groups.h>
 
+#include <algorithm>
+
 #include "launch.h"
 #include "linear.h"
 #include "quantize.cuh"
@@ -212,10 +214,23 @@ __global__ void __launch_bounds__(kThreads, 4) quantize_twice_kernel(const __gri
   if (p.waits_last) wait_for_dependencies();
 }
 
+// Shared memory that a block asks for and does not use, so that a multiprocessor has no more of them than evenly spread: one that
+// the product before left free would take all that it can hold, and these would be the last to end.
+int spreading_bytes(const Parameters& p, int cluster_size, int most_blocks) {
+  const int beside = p.out.shared_beside;
+  if (beside == Activations::kUnknown || cluster_size > 2) return 0;  // larger clusters have to find room
+  const DeviceProperties& device = device_properties();
+  int blocks = ceil_div(p.tokens.num_tokens * cluster_size, device.num_sms);
+  if (beside > 0) blocks = std::max(blocks, device.max_shared_bytes / beside);
+  return blocks < most_blocks ? device.max_shared_bytes / (blocks + 1) + 512 : 0;
+}
+
 template <DType kType, bool kRotated, int kEights, bool kShared>
 void run_once(const Parameters& p, int cluster_size, cudaStream_t stream) {
+  const std::size_t bytes = static_cast<std::size_t>(spreading_bytes(p, cluster_size, min_blocks(kEights)));
   launch_clusters(cluster_size, true, quantize_once_kernel<kType, kRotated, kEights, kShared>,
-                  dim3(static_cast<unsigned>(p.tokens.num_tokens * cluster_size)), dim3(kThreads), 0, stream, p, cluster_size);
+                  dim3(static_cast<unsigned>(p.tokens.num_tokens * cluster_size)), dim3(kThreads), bytes, stream, p,
+                  cluster_size);
 }
 
 template <DType kType, bool kRotated>

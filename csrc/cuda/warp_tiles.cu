@@ -24,6 +24,9 @@ constexpr int kFewWarps = 15, kManyWarps = 28;
 constexpr int num_threads(int max_warps) { return 32 * (max_warps + 1); }
 constexpr int register_bound(int max_warps) { return max_warps == kFewWarps ? 640 : 1024; }  // threads
 constexpr int kSharedLeft = 24 * 1024;
+// More where this spreads the blocks of quantize() better: many columns of few chunks. What does not fit then is left to
+// many_columns_wgmma, which was faster (4096 x 4096, 64 columns).
+constexpr int kSharedLeftToSpread = 60 * 1024, kMostSpreadChunks = 32;
 constexpr int kMaxSlots = 32;
 
 struct Parameters {
@@ -33,6 +36,7 @@ struct Parameters {
   int num_tiles, rounds;  // a block has `rounds` times as many tiles as `tiles`
   int tiles, shares;      // tiles at a time, and warps that share one
   int slots, sum_stride;
+  int shared_left, shared_bytes;     // not used; dynamic shared memory
   int barriers_offset, sums_offset;  // bytes
 };
 
@@ -207,9 +211,9 @@ __global__ void __launch_bounds__(register_bound(kMaxWarps), 1) warp_tiles_kerne
 #endif
 }
 
+// Whether it fits.
 template <CodebookId kId, int kColumnTiles, int kMaxWarps>
-bool run_with(Parameters& p, int most, cudaStream_t stream) {
-  const DeviceProperties& device = device_properties();
+bool lay_out(Parameters& p, int most) {
   const int chunks = static_cast<int>(p.weight.num_chunks);
   p.rounds = ceil_div(most, kMaxWarps);
   p.tiles = ceil_div(most, p.rounds);
@@ -222,27 +226,39 @@ bool run_with(Parameters& p, int most, cudaStream_t stream) {
   const int sum_bytes = 4 * (8 * kColumnTiles * p.sum_stride + p.tiles * kTileRows);
   const int ring = static_cast<int>(round_up(kMaxSharedBase + p.sums_offset + sum_bytes, kTableAlignment)) + table_bytes(kId);
   constexpr int kSlotBytes = 8 * kColumnTiles * kChunkColumns;
-  p.slots = std::min((device.max_shared_bytes - kSharedLeft - ring) / kSlotBytes, kMaxSlots);
-  if (p.slots < 2 * p.shares && p.slots < chunks) return false;
-  launch(warp_tiles_kernel<kId, kColumnTiles, kMaxWarps>, dim3(static_cast<unsigned>(ceil_div(p.num_tiles, p.tiles * p.rounds))),
-         dim3(num_threads(kMaxWarps)), static_cast<std::size_t>(ring + p.slots * kSlotBytes), stream, p);
+  p.shared_left = 8 * kColumnTiles > kMaxFewColumns && chunks <= kMostSpreadChunks ? kSharedLeftToSpread : kSharedLeft;
+  p.slots = std::min((device_properties().max_shared_bytes - p.shared_left - ring) / kSlotBytes, kMaxSlots);
+  p.shared_bytes = ring + p.slots * kSlotBytes;
+  return p.slots >= 2 * p.shares || p.slots >= chunks;
+}
+
+template <CodebookId kId, int kColumnTiles, int kMaxWarps>
+bool run_with(Parameters& p, int most, bool only_lay_out, cudaStream_t stream) {
+  if (!lay_out<kId, kColumnTiles, kMaxWarps>(p, most)) return false;
+  if (!only_lay_out)
+    launch(warp_tiles_kernel<kId, kColumnTiles, kMaxWarps>,
+           dim3(static_cast<unsigned>(ceil_div(p.num_tiles, p.tiles * p.rounds))), dim3(num_threads(kMaxWarps)),
+           static_cast<std::size_t>(p.shared_bytes), stream, p);
   return true;
 }
 
 template <CodebookId kId, int kColumnTiles>
-bool run(Parameters& p, cudaStream_t stream) {
+bool run(Parameters& p, bool only_lay_out, cudaStream_t stream) {
   p.num_tiles = static_cast<int>((p.weight.rows + kTileRows - 1) / kTileRows);
   const int most = ceil_div(p.num_tiles, device_properties().num_sms);  // of a block
   if constexpr (kColumnTiles <= 4 && kId != CodebookId::kInt8) {        // hardly any spill from 64 registers
-    if (ceil_div(most, kManyWarps) < ceil_div(most, kFewWarps)) return run_with<kId, kColumnTiles, kManyWarps>(p, most, stream);
+    if (ceil_div(most, kManyWarps) < ceil_div(most, kFewWarps))
+      return run_with<kId, kColumnTiles, kManyWarps>(p, most, only_lay_out, stream);
   }
-  return run_with<kId, kColumnTiles, kFewWarps>(p, most, stream);
+  return run_with<kId, kColumnTiles, kFewWarps>(p, most, only_lay_out, stream);
 }
 
-template <CodebookId kId>
-bool run_columns(Parameters& p, cudaStream_t stream) {
-  if (p.a.num_columns() <= 16) return run<kId, 2>(p, stream);
-  return p.a.num_columns() <= 32 ? run<kId, 4>(p, stream) : run<kId, 8>(p, stream);
+bool run_columns(Parameters& p, std::int64_t num_columns, bool only_lay_out, cudaStream_t stream) {
+  return with_codebook(p.weight.codebook, [&](auto id) {
+    constexpr CodebookId kId = decltype(id)::value;
+    if (num_columns <= 16) return run<kId, 2>(p, only_lay_out, stream);
+    return num_columns <= 32 ? run<kId, 4>(p, only_lay_out, stream) : run<kId, 8>(p, only_lay_out, stream);
+  });
 }
 
 }  // namespace
@@ -253,7 +269,23 @@ bool warp_tiles(const Activations& a, const Weight& weight, const Output& output
   p.a = a;
   p.weight = weight;
   p.output = output;
-  return with_codebook(weight.codebook, [&](auto id) { return run_columns<decltype(id)::value>(p, stream); });
+  return run_columns(p, a.num_columns(), false, stream);
+}
+
+bool warp_tiles_pay(CodebookId codebook, std::int64_t rows, std::int64_t num_columns) {
+  const int most = ceil_div(ceil_div(rows, kTileRows), device_properties().num_sms);  // of a block
+  return num_columns <= kMaxFewColumns || codebook == CodebookId::kInt8 || most <= kFewWarps;
+}
+
+int shared_beside(CodebookId codebook, std::int64_t rows, std::int64_t num_columns, std::int64_t num_chunks) {
+  if (!device_properties().has_wgmma || num_columns <= kMaxFewColumns) return Activations::kUnknown;
+  if (num_columns > kMaxWarpTileColumns || !warp_tiles_pay(codebook, rows, num_columns)) return 0;
+  Parameters p{};
+  p.weight.codebook = codebook;
+  p.weight.rows = rows;
+  p.weight.num_chunks = num_chunks;
+  if (!run_columns(p, num_columns, true, nullptr)) return 0;
+  return p.shared_left == kSharedLeftToSpread ? p.shared_left : Activations::kUnknown;
 }
 
 }  // namespace pvq::cuda
