@@ -63,7 +63,12 @@ __device__ __forceinline__ void add_sums(const std::int32_t (&sums)[2], int num_
 }
 
 // Blocks of a multiprocessor, at least: that is, registers of a thread.
-constexpr int min_blocks(int eights) { return eights == 1 ? 4 : eights == 2 ? 3 : 2; }
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+constexpr int kMostBlocks = 1536 / kThreads;  // threads of a multiprocessor there
+#else
+constexpr int kMostBlocks = 2048 / kThreads;
+#endif
+constexpr int min_blocks(int eights) { return eights == 1 ? kMostBlocks : eights == 2 ? 3 : 2; }
 
 // kEights: of columns that a thread holds. kShared: the token is that of `cluster_size` blocks of a cluster.
 template <DType kType, bool kRotated, int kEights, bool kShared>
@@ -188,7 +193,7 @@ __global__ void __launch_bounds__(kThreads) quantize_steps_kernel(const __grid_c
 }
 
 template <DType kType, bool kRotated>
-__global__ void __launch_bounds__(kThreads, 4) quantize_twice_kernel(const __grid_constant__ Parameters p) {
+__global__ void __launch_bounds__(kThreads, kMostBlocks) quantize_twice_kernel(const __grid_constant__ Parameters p) {
   extern __shared__ float4 rotated_values[];
   __shared__ std::uint32_t warp_largest[kThreads / 32];
   __shared__ std::int32_t totals[2];
