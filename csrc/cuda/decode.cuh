@@ -175,11 +175,6 @@ struct LaneChunk<CodebookId::kPvq4> {
   __device__ __forceinline__ void expand(int s, const Found& found, std::uint32_t (&a)[4]) const {
     expand_joined<true>(found, word_of(bits, s), word_of(bits, s), a);
   }
-  __device__ __forceinline__ void decode(int s, const Tables& tables, std::uint32_t (&a)[4]) const {
-    Found found;
-    find(s, tables, found);
-    expand(s, found, a);
-  }
 };
 
 template <>
@@ -201,11 +196,6 @@ struct LaneChunk<CodebookId::kPvq3> {
   }
   __device__ __forceinline__ void expand(int s, const Found& found, std::uint32_t (&a)[4]) const {
     expand_joined<false>(found, 0, word_of(bits, s / 2) << (4 * (s & 1)), a);
-  }
-  __device__ __forceinline__ void decode(int s, const Tables& tables, std::uint32_t (&a)[4]) const {
-    Found found;
-    find(s, tables, found);
-    expand(s, found, a);
   }
 };
 
@@ -230,11 +220,6 @@ struct LaneChunk<CodebookId::kPvq2> {
     a[1] = groups[1].x ^ sign_masks(signs << 2);
     a[3] = groups[1].y ^ sign_masks(signs << 3);
   }
-  __device__ __forceinline__ void decode(int s, const Tables& tables, std::uint32_t (&a)[4]) const {
-    Found groups;
-    find(s, tables, groups);
-    expand(s, groups, a);
-  }
 };
 
 template <>
@@ -257,7 +242,13 @@ struct LaneChunk<CodebookId::kInt8> {
     a[2] = fragment[s].z;
     a[3] = fragment[s].w;
   }
-  __device__ __forceinline__ void decode(int s, const Tables&, std::uint32_t (&a)[4]) const { expand(s, {}, a); }
 };
+
+template <CodebookId kId>
+__device__ __forceinline__ void decode(const LaneChunk<kId>& chunk, int s, const Tables& tables, std::uint32_t (&a)[4]) {
+  typename LaneChunk<kId>::Found found;
+  chunk.find(s, tables, found);
+  chunk.expand(s, found, a);
+}
 
 }  // namespace pvq::cuda

@@ -34,7 +34,7 @@ __device__ __forceinline__ void expand_chunk(const LaneChunk<kId>& packed, const
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
     std::uint32_t a[4];
-    packed.decode(step, tables, a);
+    decode(packed, step, tables, a);
 #pragma unroll
     for (int i = 0; i < 4; ++i) words[i % 2 * kRows + (2 * step + i / 2) * kUnit] = a[i];
   }

@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(register_bound(kId, kColumnTiles), 1) few_colu
   if constexpr (kDecodeFirst) {
     if (left > 0) {
 #pragma unroll
-      for (int s = 0; s < kSteps; ++s) buffer[0].decode(s, tables, first_fragments[s]);
+      for (int s = 0; s < kSteps; ++s) decode(buffer[0], s, tables, first_fragments[s]);
     }
     ahead.load(buffer[0], lane, num_chunks, skipped_bytes);
   }
@@ -290,7 +290,7 @@ __global__ void __launch_bounds__(register_bound(kId, kColumnTiles), 1) few_colu
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
         std::uint32_t fragment[4];
-        now.decode(s, tables, fragment);
+        decode(now, s, tables, fragment);
         multiply(s, fragment);
       }
       next_chunk();

@@ -143,6 +143,13 @@ __device__ __forceinline__ std::uint64_t swizzled_operand(std::uint32_t address)
 __device__ __forceinline__ void fence_operands() { asm volatile("wgmma.fence.sync.aligned;"); }
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;"); }
 
+// Values of which the compiler knows no more than that they are in registers, from here on.
+template <typename Value, int kCount>
+__device__ __forceinline__ void pin(Value (&values)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(values[i]));
+}
+
 // Until at most kPending groups are in flight.
 template <int kPending>
 __device__ __forceinline__ void wait_products() {

@@ -237,14 +237,14 @@ __global__ void __launch_bounds__(kThreads, kTiles >= 8 ? 1 : 2) many_columns_ke
       now[m] = ahead[m];
       weights[m] += chunk_bytes(kId);
       if (chunk + 1 < end) ahead[m].load(weights[m], lane);
-      now[m].decode(0, tables, fragments[0][m]);
+      decode(now[m], 0, tables, fragments[0][m]);
     }
     const std::uint32_t columns = base + static_cast<std::uint32_t>(stage(slot) - shared);
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
       if (s + 1 < kSteps)
 #pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) now[m].decode(s + 1, tables, fragments[(s + 1) & 1][m]);
+        for (int m = 0; m < kRowTiles; ++m) decode(now[m], s + 1, tables, fragments[(s + 1) & 1][m]);
       const std::uint32_t address = columns + (lane_offset ^ (s << 5));
       if constexpr (kTiles == 1) {
         std::uint32_t b[2];

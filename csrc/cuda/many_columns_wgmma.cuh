@@ -76,12 +76,6 @@ __device__ __forceinline__ void copy_tiles(const WgmmaArguments& p, const WgmmaW
   }
 }
 
-// Values of which the compiler knows no more than that they are in registers, from here on.
-template <typename Value, int kCount>
-__device__ __forceinline__ void pin(Value (&values)[kCount]) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(values[i]));
-}
 __device__ __forceinline__ void pin(std::uint32_t (&values)[kSteps][4]) {
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) pin(values[step]);

@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kThreads) unpack_kernel(const __grid_constant_
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
       std::uint32_t a[4];
-      weights.decode(s, tables, a);
+      decode(weights, s, tables, a);
       const std::int64_t column = chunk * kChunkColumns + 32 * s + 8 * t;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {

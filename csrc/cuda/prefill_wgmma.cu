@@ -186,8 +186,7 @@ __device__ __forceinline__ void multiply_tiles(const PrefillArguments& p, std::u
       ring.advance(num_stages(kId));
     }
     wait_products<0>();
-#pragma unroll
-    for (int i = 0; i < kN / 2; ++i) asm volatile("" : "+r"(acc[i]));
+    pin(acc);
     release(previous);
 
     if (!has_rows) continue;

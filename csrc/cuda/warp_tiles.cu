@@ -29,6 +29,10 @@ constexpr int kSharedLeft = 24 * 1024;
 constexpr int kSharedLeftToSpread = 60 * 1024, kMostSpreadChunks = 32;
 constexpr int kMaxSlots = 32;
 
+constexpr int shared_left(std::int64_t num_columns, std::int64_t num_chunks) {
+  return num_columns > kMaxFewColumns && num_chunks <= kMostSpreadChunks ? kSharedLeftToSpread : kSharedLeft;
+}
+
 struct Parameters {
   Activations a;
   Weight weight;
@@ -36,7 +40,6 @@ struct Parameters {
   int num_tiles, rounds;  // a block has `rounds` times as many tiles as `tiles`
   int tiles, shares;      // tiles at a time, and warps that share one
   int slots, sum_stride;
-  int shared_left, shared_bytes;     // not used; dynamic shared memory
   int barriers_offset, sums_offset;  // bytes
 };
 
@@ -151,7 +154,7 @@ __global__ void __launch_bounds__(register_bound(kMaxWarps), 1) warp_tiles_kerne
 #pragma unroll
         for (int s = 0; s < kSteps; ++s) {
           std::uint32_t fragment[4];
-          now.decode(s, tables, fragment);
+          decode(now, s, tables, fragment);
 #pragma unroll
           for (int c = 0; c < kColumnTiles; c += 2) {
             std::uint32_t b[4];
@@ -211,9 +214,9 @@ __global__ void __launch_bounds__(register_bound(kMaxWarps), 1) warp_tiles_kerne
 #endif
 }
 
-// Whether it fits.
+// Dynamic shared memory; 0: it does not fit.
 template <CodebookId kId, int kColumnTiles, int kMaxWarps>
-bool lay_out(Parameters& p, int most) {
+int lay_out(Parameters& p, int most) {
   const int chunks = static_cast<int>(p.weight.num_chunks);
   p.rounds = ceil_div(most, kMaxWarps);
   p.tiles = ceil_div(most, p.rounds);
@@ -226,19 +229,19 @@ bool lay_out(Parameters& p, int most) {
   const int sum_bytes = 4 * (8 * kColumnTiles * p.sum_stride + p.tiles * kTileRows);
   const int ring = static_cast<int>(round_up(kMaxSharedBase + p.sums_offset + sum_bytes, kTableAlignment)) + table_bytes(kId);
   constexpr int kSlotBytes = 8 * kColumnTiles * kChunkColumns;
-  p.shared_left = 8 * kColumnTiles > kMaxFewColumns && chunks <= kMostSpreadChunks ? kSharedLeftToSpread : kSharedLeft;
-  p.slots = std::min((device_properties().max_shared_bytes - p.shared_left - ring) / kSlotBytes, kMaxSlots);
-  p.shared_bytes = ring + p.slots * kSlotBytes;
-  return p.slots >= 2 * p.shares || p.slots >= chunks;
+  const int room = device_properties().max_shared_bytes - shared_left(8 * kColumnTiles, chunks) - ring;
+  p.slots = std::min(room / kSlotBytes, kMaxSlots);
+  return p.slots >= 2 * p.shares || p.slots >= chunks ? ring + p.slots * kSlotBytes : 0;
 }
 
 template <CodebookId kId, int kColumnTiles, int kMaxWarps>
 bool run_with(Parameters& p, int most, bool only_lay_out, cudaStream_t stream) {
-  if (!lay_out<kId, kColumnTiles, kMaxWarps>(p, most)) return false;
+  const int shared_bytes = lay_out<kId, kColumnTiles, kMaxWarps>(p, most);
+  if (shared_bytes == 0) return false;
   if (!only_lay_out)
     launch(warp_tiles_kernel<kId, kColumnTiles, kMaxWarps>,
            dim3(static_cast<unsigned>(ceil_div(p.num_tiles, p.tiles * p.rounds))), dim3(num_threads(kMaxWarps)),
-           static_cast<std::size_t>(p.shared_bytes), stream, p);
+           static_cast<std::size_t>(shared_bytes), stream, p);
   return true;
 }
 
@@ -285,7 +288,8 @@ int shared_beside(CodebookId codebook, std::int64_t rows, std::int64_t num_colum
   p.weight.rows = rows;
   p.weight.num_chunks = num_chunks;
   if (!run_columns(p, num_columns, true, nullptr)) return 0;
-  return p.shared_left == kSharedLeftToSpread ? p.shared_left : Activations::kUnknown;
+  const int left = shared_left(num_columns, num_chunks);
+  return left == kSharedLeftToSpread ? left : Activations::kUnknown;
 }
 
 }  // namespace pvq::cuda

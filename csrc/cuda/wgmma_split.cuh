@@ -10,6 +10,23 @@ namespace pvq::cuda {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
+// Sums of a thread go by fours, 2048 bytes apart: those of a warpgroup's 128 threads.
+constexpr int kQuadBytes = 2048;
+__device__ __forceinline__ int4 quad_of(const std::int32_t* sums, int q) {
+  return make_int4(sums[4 * q], sums[4 * q + 1], sums[4 * q + 2], sums[4 * q + 3]);
+}
+template <int kQuads>
+__device__ __forceinline__ void add_quads(std::uint32_t from, std::int32_t (&total)[4 * kQuads]) {
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q) {
+    const int4 v = shared_quad(from + q * kQuadBytes);
+    total[4 * q] += v.x;
+    total[4 * q + 1] += v.y;
+    total[4 * q + 2] += v.z;
+    total[4 * q + 3] += v.w;
+  }
+}
+
 // Two CTAs. The warpgroup that has fewer chunks to multiply sends its sums; the other one adds them to its own and finishes.
 
 constexpr int kPairPartBytes = 64 * kStagedColumns * 4;  // of a slice of columns, which has a barrier
@@ -37,7 +54,7 @@ __device__ __forceinline__ void finish_pair(const WgmmaArguments& p, const Wgmma
       if (slice >= slices) break;
 #pragma unroll
       for (int q = slice * kQuads; q < (slice + 1) * kQuads; ++q)
-        send(remote + q * 2048, make_int4(acc[4 * q], acc[4 * q + 1], acc[4 * q + 2], acc[4 * q + 3]), barrier + 8 * slice);
+        send(remote + q * kQuadBytes, quad_of(acc, q), barrier + 8 * slice);
     }
     return;
   }
@@ -47,14 +64,8 @@ __device__ __forceinline__ void finish_pair(const WgmmaArguments& p, const Wgmma
       .template store<kSlices>(kSlices, [&](int slice, typename Finish::Sums& total) {
         if (slice < slices) wait_barrier(work.part(slice), 0);
 #pragma unroll
-        for (int q = 0; q < kQuads; ++q) {
-          const int4 v = shared_quad(sums + (slice * kQuads + q) * 2048);
-          const std::int32_t* own = acc + slice * Finish::kSums + 4 * q;
-          total[4 * q] = own[0] + v.x;
-          total[4 * q + 1] = own[1] + v.y;
-          total[4 * q + 2] = own[2] + v.z;
-          total[4 * q + 3] = own[3] + v.w;
-        }
+        for (int i = 0; i < Finish::kSums; ++i) total[i] = acc[slice * Finish::kSums + i];
+        add_quads<kQuads>(sums + slice * kQuads * kQuadBytes, total);
       });
 }
 
@@ -63,8 +74,9 @@ template <int kN>
 __device__ __forceinline__ void finish_three(const WgmmaArguments& p, const WgmmaWork& work, const FinishArea<kN>& area,
                                              int warpgroup, int thread, const std::int32_t (&acc)[kN / 2], int first_row,
                                              int first_column) {
-  constexpr int kPart = kN / kSplitParts, kQuads = kPart / 8, kBytes = kQuads * 2048;  // of a part: of a CTA and a warpgroup
-  static_assert(kMostParts * kWgmmaGroups <= kSplitParts);                             // barriers
+  constexpr int kPart = kN / kSplitParts, kQuads = kPart / 8,
+                kBytes = kQuads * kQuadBytes;               // of a part: of a CTA and a warpgroup
+  static_assert(kMostParts * kWgmmaGroups <= kSplitParts);  // barriers
   const int first = first_part(work.rank);
   const int parts = min(kSplitParts, ceil_div(static_cast<int>(p.a.num_columns()) - first_column, kPart));  // that exist
   wait_barrier(work.ready(warpgroup), 0);
@@ -81,12 +93,11 @@ __device__ __forceinline__ void finish_three(const WgmmaArguments& p, const Wgmm
     const std::int32_t* v = acc + part * (kPart / 2);
     if (owner == work.rank) {
 #pragma unroll
-      for (int q = 0; q < kQuads; ++q) store_shared(to + q * 2048, make_int4(v[4 * q], v[4 * q + 1], v[4 * q + 2], v[4 * q + 3]));
+      for (int q = 0; q < kQuads; ++q) store_shared(to + q * kQuadBytes, quad_of(v, q));
     } else {
       const std::uint32_t remote = address_in(to, owner), remote_barrier = address_in(barrier(local), owner);
 #pragma unroll
-      for (int q = 0; q < kQuads; ++q)
-        send(remote + q * 2048, make_int4(v[4 * q], v[4 * q + 1], v[4 * q + 2], v[4 * q + 3]), remote_barrier);
+      for (int q = 0; q < kQuads; ++q) send(remote + q * kQuadBytes, quad_of(v, q), remote_barrier);
     }
   }
   const int mine = min(first_part(work.rank + 1), parts) - first;
@@ -98,16 +109,7 @@ __device__ __forceinline__ void finish_three(const WgmmaArguments& p, const Wgmm
         wait_barrier(barrier(part), 0);
 #pragma unroll
         for (int i = 0; i < Finish::kSums; ++i) total[i] = 0;
-        for (int rank = 0; rank < 3; ++rank) {
-#pragma unroll
-          for (int q = 0; q < kQuads; ++q) {
-            const int4 v = shared_quad(sums + place(part, rank) + q * 2048);
-            total[4 * q] += v.x;
-            total[4 * q + 1] += v.y;
-            total[4 * q + 2] += v.z;
-            total[4 * q + 3] += v.w;
-          }
-        }
+        for (int rank = 0; rank < 3; ++rank) add_quads<kQuads>(sums + place(part, rank), total);
       });
 }
 
