@@ -5,10 +5,11 @@
 #include <cstdint>
 
 #include "layout.h"
+#include "shared_memory.cuh"
 
 namespace pvq::cuda {
 
-struct GainPair {  // of one gain: magnitudes are base4 + step * digits, four bytes at once
+struct GainPair {  // of one gain: magnitudes are base4 + step * j, four bytes at once; pvq3: half the step, by 2 m instead of m
   std::uint32_t step, base4;
 };
 
@@ -27,6 +28,13 @@ constexpr int table_words(CodebookId id) {  // of the global table (device_table
   return id == CodebookId::kInt8 ? 0 : id == CodebookId::kPvq2 ? 512 : kDigitTableWords;
 }
 
+constexpr bool has_even_steps(CodebookId id) {
+  for (const Rung& rung : find_codebook(id)->gains[0])
+    if (rung.step % 2 != 0) return false;
+  return true;
+}
+static_assert(has_even_steps(CodebookId::kPvq3));
+
 struct Ladder {
   GainPair pairs[kMaxGains];
 };
@@ -34,7 +42,8 @@ constexpr Ladder make_ladder(CodebookId id) {  // pvq3 and pvq4: one ladder for 
   Ladder ladder{};
   for (int g = 0; g < kMaxGains; ++g) {
     const Rung rung = find_codebook(id)->gains[0][g];
-    ladder.pairs[g] = {static_cast<std::uint32_t>(rung.step), static_cast<std::uint32_t>(rung.base) * 0x01010101u};
+    ladder.pairs[g] = {static_cast<std::uint32_t>(id == CodebookId::kPvq3 ? rung.step / 2 : rung.step),
+                       static_cast<std::uint32_t>(rung.base) * 0x01010101u};
   }
   return ladder;
 }
@@ -57,43 +66,7 @@ __device__ __forceinline__ std::uint32_t sign_masks(std::uint32_t word) {
   return masks;
 }
 
-__device__ __forceinline__ std::uint32_t shared_address(const void* shared) {
-  return static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));
-}
-
-__device__ __forceinline__ std::uint32_t shared_word(std::uint32_t address) {
-  std::uint32_t word;
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address));
-  return word;
-}
-
-__device__ __forceinline__ uint2 shared_pair(std::uint32_t address) {
-  uint2 pair;
-  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(pair.x), "=r"(pair.y) : "r"(address));
-  return pair;
-}
-
-__device__ __forceinline__ int4 shared_quad(std::uint32_t address) {
-  int4 quad;
-  asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(quad.x), "=r"(quad.y), "=r"(quad.z), "=r"(quad.w)
-               : "r"(address)
-               : "memory");
-  return quad;
-}
-
-__device__ __forceinline__ void store_shared(std::uint32_t address, int4 quad) {
-  asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(quad.x), "r"(quad.y), "r"(quad.z), "r"(quad.w)
-               : "memory");
-}
-
-// An assignment of what shared_quad() returns became four stores (nvcc 13.0).
-__device__ __forceinline__ void store_global(void* address, int4 quad) {
-  asm volatile("st.global.v4.s32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(quad.x), "r"(quad.y), "r"(quad.z), "r"(quad.w)
-               : "memory");
-}
-
-constexpr std::uint32_t kLowNibbles = 0x0f0f0f0fu, kLowBits = 0x01010101u;
+constexpr std::uint32_t kDigitBits = 0x1e1e1e1eu;  // of the bytes of a leaf: twice the digit
 
 // Read once and never again: past the first-level cache.
 __device__ __forceinline__ uint4 load_stream(const uint4* address) {
@@ -127,33 +100,46 @@ struct FoundStep {
 };
 __device__ __forceinline__ void find_joined(std::uint32_t code, const Tables& tables, FoundStep& found) {
   found.digits[0] = shared_word((code & 0x7ffcu) | tables.digits);
-  found.digits[1] = shared_word(((code >> 16) & 0x7ffcu) | tables.digits);
-  found.gains[0] = shared_pair(((code >> 12) & 0x38u) | tables.gains);
-  found.gains[1] = shared_pair((__funnelshift_l(code, code, 4) & 0x38u) | tables.gains);
+  found.digits[1] = shared_word(((code >> 13) & 0x7ffcu) | tables.digits);
+  const std::uint32_t gains = __funnelshift_l(code, code, 4);
+  found.gains[0] = shared_pair((gains << 3 & 0x38u) | tables.gains);
+  found.gains[1] = shared_pair((gains & 0x38u) | tables.gains);
 }
 
-// The magnitudes of both groups of a step, pvq3 and pvq4. `refinement`: bits already at bit 3 - leaf of each byte, or 0.
+// kDigitBits of `digits`, the other bits of `other`: one instruction (of masks and an or, nvcc 13.0 makes two).
+__device__ __forceinline__ std::uint32_t select_digits(std::uint32_t digits, std::uint32_t other) {
+  std::uint32_t selected;
+  asm("lop3.b32 %0, %1, %2, %3, 0xe2;" : "=r"(selected) : "r"(digits), "n"(kDigitBits), "r"(other));
+  return selected;
+}
+
+// Both groups of a step, pvq3 and pvq4. kRefined: `bits` are those of pvq4; else `sign_source` has the sign of leaf l in bit
+// 7 - l of each byte. What counts is the number of logical instructions and right shifts: they share a pipe that takes two
+// cycles for each, while left shifts are multiplications (docs/kernels_gpu.md).
 template <bool kRefined>
 __device__ __forceinline__ void expand_joined(const FoundStep& found, std::uint32_t bits, std::uint32_t sign_source,
                                               std::uint32_t (&a)[4]) {
-  const std::uint32_t digits0 = found.digits[0], digits1 = found.digits[1];
+  const std::uint32_t low0 = found.digits[0], high0 = __funnelshift_r(low0, low0, 4);
+  const std::uint32_t low1 = found.digits[1], high1 = __funnelshift_r(low1, low1, 4);
   const uint2 gain0 = found.gains[0], gain1 = found.gains[1];
   std::uint32_t j0, j1, j2, j3;  // by leaf
   if constexpr (kRefined) {
-    j0 = ((digits0 << 1) & (kLowNibbles << 1)) | ((bits >> 3) & kLowBits);
-    j1 = ((digits0 >> 3) & (kLowNibbles << 1)) | ((bits >> 2) & kLowBits);
-    j2 = ((digits1 << 1) & (kLowNibbles << 1)) | ((bits >> 1) & kLowBits);
-    j3 = ((digits1 >> 3) & (kLowNibbles << 1)) | (bits & kLowBits);
+    // Bits of two leaves, 0 and 4 of each byte. Shifted by 4, one of the next byte comes to bit 4: a digit takes its place.
+    const std::uint32_t refine0 = bits & 0x11111111u, refine1 = bits >> 1 & 0x11111111u;
+    j0 = select_digits(low0, refine0);
+    j1 = select_digits(high0, refine0 >> 4);
+    j2 = select_digits(low1, refine1);
+    j3 = select_digits(high1, refine1 >> 4);
   } else {
-    j0 = digits0 & kLowNibbles;
-    j1 = (digits0 >> 4) & kLowNibbles;
-    j2 = digits1 & kLowNibbles;
-    j3 = (digits1 >> 4) & kLowNibbles;
+    j0 = low0 & kDigitBits;
+    j1 = high0 & kDigitBits;
+    j2 = low1 & kDigitBits;
+    j3 = high1 & kDigitBits;
   }
   a[0] = (j0 * gain0.x + gain0.y) ^ sign_masks(sign_source);
   a[2] = (j1 * gain0.x + gain0.y) ^ sign_masks(sign_source << 1);
-  a[1] = (j2 * gain1.x + gain1.y) ^ sign_masks(sign_source << 2);
-  a[3] = (j3 * gain1.x + gain1.y) ^ sign_masks(sign_source << 3);
+  a[1] = (j2 * gain1.x + gain1.y) ^ sign_masks(sign_source << (kRefined ? 4 : 2));
+  a[3] = (j3 * gain1.x + gain1.y) ^ sign_masks(sign_source << (kRefined ? 5 : 3));
 }
 
 template <>

@@ -5,17 +5,19 @@
 // the fragment A of mma.m16n8k32 (and of wgmma m64nNk32, a warp's 16 rows of it) wants from it: for the steps s = 0 .. 3 of 32
 // columns and h = 0, 1 the group of row g + 8 h and columns 32 s + 8 t .. + 7. Planes of a chunk, each [32 lanes]:
 //
-//   pvq4  1024 B  uint4 code[s] | uint4 bits[s]           code[s]: both groups (h = 0, 1), see pack_codes
+//   pvq4  1024 B  uint4 code[s] | uint4 bits[s]           code[s]: both groups (h = 0, 1), see below
 //   pvq3   768 B  uint4 code[s] | uint2 bits[s / 2]       bits: signs, and refinement bits of pvq4 or signs of odd s of pvq3
 //   pvq2   512 B  uint4 {code of s = 0, 1 | of s = 2, 3 | signs of s = 0, 1 | of s = 2, 3}
 //   int8  2048 B  uint4 fragment[s = 0] | [1] | [2] | [3]  {row g low, row g + 8 low, row g high, row g + 8 high}; low: weights
 //   0-3
 //
-//   code[s]  bits 2-14 shape of h = 0, 15-17 its gain, 18-30 shape of h = 1, its gain in bits 31, 0, 1 (low bit in 31): the
-//            shapes are byte offsets into a table of words, a gain rotated left by 4 (h = 0: shifted right by 12) one of pairs
-//   bits     byte b, bit 7 - j: sign of weight b of leaf j; bit 3 - j: the refinement bit. leaf = 2 h + (0: low, 1: high)
-//            pvq3: step s even in bits 7-4, odd in bits 3-0.   pvq2: as pvq3; its code words hold bytes (s even: h = 0, 1; s odd:
-//            h = 0, 1)
+//   code[s]  bits 2-14 shape of h = 0, 15-27 of h = 1: byte offsets into a table of words (h = 1: shifted right by 13). Gain of
+//            h = 0 in bits 28-30, of h = 1 in bits 31, 0, 1 (low bit in 31): rotated left by 4 (h = 0: and shifted by 3 more)
+//            byte offsets into one of pairs
+//   bits     byte b, sign of weight b of leaf 0, 1, 2, 3: bits 7, 6, 3, 2; its refinement bit: 0, 4, 1, 5. leaf = 2 h + (0: low,
+//            1: high)
+//            pvq3: signs of leaf j in bit 7 - j, s even, or 3 - j, s odd.   pvq2: as pvq3; its code words hold bytes (s even:
+//            h = 0, 1; s odd: h = 0, 1)
 //
 // Activations: [chunk][padded_columns][128 bytes] int8. A column is one plane of one token (a16: 2 token + plane, high plane
 // first). Within each step of 32 the bytes are in the order of fragment B for that A: position 4 t + i holds column 8 t + i and

@@ -108,8 +108,8 @@ constexpr int kNumCounters = 4096;
 
 constexpr int kMaxFewColumns = 32;
 
-// Words of the table a kernel copies to shared memory: digit words by shape (pvq3, pvq4), or for pvq2 the magnitudes of all 256
-// codes as pairs of words (weights 0-3, 4-7). Empty for int8.
+// Words of the table a kernel copies to shared memory: by shape twice its digits (pvq3, pvq4: pack_digits rotated left by one
+// bit), or for pvq2 the magnitudes of all 256 codes as pairs of words (weights 0-3, 4-7). Empty for int8.
 std::vector<std::uint32_t> device_table(CodebookId id);
 
 // Rotate and quantize tokens (format.md §5, §6). waits_last: the kernel in front is one that needs no tokens, has itself waited

@@ -38,7 +38,7 @@ __device__ bool is_valid(const std::uint8_t* bytes, const PackParameters& p) {
     const int shape = static_cast<int>(code & 0x1fffu);
     if (shape >= p.num_shapes) return false;
     const Rung gain = p.gains[code >> 13];
-    const std::uint32_t digits = p.table[shape];
+    const std::uint32_t digits = __funnelshift_r(p.table[shape], p.table[shape], 1);  // undoubled
     int largest = 0;
     for (int i = 0; i < kGroupSize; ++i) {
       int j = static_cast<int>(digits >> (8 * (i % 4) + 4 * (i / 4)) & 15u);

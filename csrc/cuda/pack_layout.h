@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// One group of eight weights to its bits of a lane's words (layout.h). Host and device: the tests of the layout use it too.
+// One group of eight weights to its bits of a lane's words (layout.h), on the host and on the device.
 #pragma once
 
 #include <cstdint>
@@ -10,10 +10,10 @@ namespace pvq::cuda {
 
 constexpr int lane_words(CodebookId id) { return chunk_bytes(id) / 128; }  // 32-bit words of a chunk that one lane owns
 
-// Bits of eight weights, weight i in bit i, to bit `bit` - (i / 4) of byte i % 4: the leaves low and high of a group.
-PVQ_HOST_DEVICE std::uint32_t spread_bits(std::uint32_t bits, int bit) {
+// Bits of eight weights, weight i in bit i, to byte i % 4: to its bit `low` or `high`, of the leaves low and high of a group.
+PVQ_HOST_DEVICE std::uint32_t spread_bits(std::uint32_t bits, int low, int high) {
   std::uint32_t word = 0;
-  for (int i = 0; i < kGroupSize; ++i) word |= (bits >> i & 1u) << (8 * (i % 4) + bit - i / 4);
+  for (int i = 0; i < kGroupSize; ++i) word |= (bits >> i & 1u) << (8 * (i % 4) + (i < 4 ? low : high));
   return word;
 }
 
@@ -31,14 +31,14 @@ PVQ_HOST_DEVICE void add_group(const std::uint8_t* bytes, int s, int h, std::uin
     words[4 * s + 2 + h] = word_at(bytes + 4);
   } else if constexpr (kId == CodebookId::kPvq2) {
     words[s / 2] |= static_cast<std::uint32_t>(bytes[0]) << (16 * (s & 1) + 8 * h);
-    words[2 + s / 2] |= spread_bits(bytes[1], 7 - 4 * (s & 1) - 2 * h);
+    words[2 + s / 2] |= spread_bits(bytes[1], 7 - 4 * (s & 1) - 2 * h, 6 - 4 * (s & 1) - 2 * h);
   } else {
     const std::uint32_t code = bytes[0] | static_cast<std::uint32_t>(bytes[1]) << 8, shape = code & 0x1fffu, gain = code >> 13;
-    words[s] |= h == 0 ? shape << 2 | gain << 15 : shape << 18 | gain << 31 | gain >> 1;
+    words[s] |= h == 0 ? shape << 2 | gain << 28 : shape << 15 | gain << 31 | gain >> 1;
     if constexpr (kId == CodebookId::kPvq4)
-      words[4 + s] |= spread_bits(bytes[2], 7 - 2 * h) | spread_bits(bytes[3], 3 - 2 * h);
+      words[4 + s] |= spread_bits(bytes[2], 7 - 4 * h, 6 - 4 * h) | spread_bits(bytes[3], h, h + 4);
     else
-      words[4 + s / 2] |= spread_bits(bytes[2], 7 - 4 * (s & 1) - 2 * h);
+      words[4 + s / 2] |= spread_bits(bytes[2], 7 - 4 * (s & 1) - 2 * h, 6 - 4 * (s & 1) - 2 * h);
   }
 }
 

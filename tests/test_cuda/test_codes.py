@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Codes on a GPU: what packing refuses, what the quantizer and the canonical codebook give."""
 
+from math import comb
+
+import numpy as np
 import pytest
 import torch
 
-from pvq_vllm import ops, quantizer_ops
+from pvq_vllm import cuda_ops, ops, quantizer_ops
 from pvq_vllm.canonical_ops import decode_canonical, encode_canonical
 from pvq_vllm.codec.errors import PVQError
+from pvq_vllm.codec.serving import SERVING, decode_groups, shapes
 
 pytestmark = pytest.mark.cuda
 
@@ -66,6 +70,35 @@ def test_wrong_shapes_and_places_are_named(kit):
         ops.pack_linear([codes.cuda()], torch.full((32,), float("nan")).cuda(), plan)
     with pytest.raises(PVQError, match="codes has 2 segments"):
         pack([codes, codes], plan)
+
+
+def every_code(name: str) -> torch.Tensor:
+    """Every shape with every gain that leaves its magnitudes in range, with random signs and refinement, uint8 [n, B]."""
+    book, generator = SERVING[name], np.random.default_rng(0)
+    shape, gain = (a.ravel() for a in np.indices((book.num_shapes, len(book.gains[0]))))
+    code = shape | gain << book.shape_bits
+    codes = generator.integers(0, 256, (len(code), book.bytes_per_group), dtype=np.uint8)
+    codes[:, 0] = code & 255
+    if book.shape_bits > 8:
+        codes[:, 1] = code >> 8
+    j = shapes(name)[shape] << book.refinement_bits
+    if book.refinement_bits:
+        j += codes[:, 3, None] >> np.arange(8) & 1
+    pyramid = np.searchsorted(np.cumsum([comb(k + 7, 7) for k in book.pyramids]), shape, side="right")
+    base, step = np.moveaxis(np.array(book.gains)[pyramid, gain], 1, 0)[..., None]
+    return torch.from_numpy(codes[((base + step * j) <= 127).all(1)])
+
+
+@pytest.mark.parametrize("name", ["pvq2", "pvq3", "pvq4"])
+def test_every_shape_with_every_gain_decodes_to_what_format_md_says(name):
+    codes = every_code(name)
+    assert len(codes) > SERVING[name].num_shapes
+    codes = torch.cat([codes, codes[: -len(codes) % 72]]).view(-1, 72, codes.shape[1])
+    codes = torch.cat([codes, codes[: (8 - len(codes)) % 16], codes])  # in the other half of a tile, too
+    plan = ops.make_plan([(name, len(codes))], 72 * 8)
+    packed = pack([codes], plan)
+    expected = torch.from_numpy(decode_groups(codes.numpy(), name)).flatten(1)
+    assert torch.equal(cuda_ops.unpack_linear(packed.weight, plan).cpu(), expected)
 
 
 @pytest.mark.parametrize("name", NAMES)
