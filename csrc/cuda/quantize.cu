@@ -2,10 +2,9 @@
 // Quantization of tokens that need no rotation, or one inside of warps. All columns of a token are in registers: eight a thread
 // and as many blocks of a cluster as that takes where tokens are few, 16 or 32 a thread where they are many. Where that does not
 // reach, a block goes over its token twice.
-#include <cooperative_groups.h>
-
 #include <algorithm>
 
+#include "cluster_exchange.cuh"
 #include "launch.h"
 #include "linear.h"
 #include "quantize.cuh"
@@ -13,12 +12,9 @@
 namespace pvq::cuda {
 namespace {
 
-namespace cg = cooperative_groups;
-
-constexpr int kThreads = 512;      // of 32 registers: fits beside a block of few_columns.cu
-constexpr int kManyTokens = 1024;  // from which on the number of instructions counts
-constexpr int kStepGroups = 4;     // eights of a step
-constexpr int kMaxClusterSize = 8;
+constexpr int kThreads = 512;             // of 32 registers: fits beside a block of few_columns.cu
+constexpr int kManyTokens = 1024;         // from which on the number of instructions counts
+constexpr int kStepGroups = 4;            // eights of a step
 constexpr int kSpareMultiprocessors = 4;  // that the products of usual layers leave free
 
 struct Parameters {
@@ -75,7 +71,7 @@ template <DType kType, bool kRotated, int kEights, bool kShared>
 __global__ void __launch_bounds__(kThreads, min_blocks(kEights))
     quantize_once_kernel(const __grid_constant__ Parameters p, int cluster_size) {
   __shared__ std::uint32_t warp_largest[kThreads / 32];
-  [[maybe_unused]] __shared__ std::uint32_t block_largest[kMaxClusterSize];
+  [[maybe_unused]] __shared__ ClusterExchange exchange;
   __shared__ std::int32_t totals[2];
   launch_dependents();
   const int num_planes = p.tokens.num_planes, lane = threadIdx.x & 31;
@@ -91,6 +87,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks(kEights))
     }
   }
   if (threadIdx.x < 2) totals[threadIdx.x] = 0;
+  if constexpr (kShared) exchange.begin(cluster_size, num_planes);
   if (!p.waits_last) wait_for_dependencies();
   const Element<kType>* x = static_cast<const Element<kType>*>(p.tokens.x) + token * p.tokens.in_features;
   float v[kEights][8] = {}, magnitude = 0;
@@ -105,16 +102,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks(kEights))
     raise(magnitude, v[e]);
   }
   std::uint32_t largest = largest_of_block(__float_as_uint(magnitude), warp_largest, kThreads / 32);
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  if constexpr (kShared) {
-    const cg::cluster_group cluster = cg::this_cluster();
-    // The memory of another block may be written to only once that block runs.
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-    if (threadIdx.x < cluster_size) cluster.map_shared_rank(block_largest, threadIdx.x)[rank] = largest;
-    cluster.sync();
-    largest = __reduce_max_sync(0xffffffffu, lane < cluster_size ? block_largest[lane] : 0u);
-  }
-#endif
+  if constexpr (kShared) largest = exchange.largest_of_cluster(largest, cluster_size, rank);
   const TokenScale scale(largest, num_planes, p.tokens.scale_constant);
   std::int32_t sums[2] = {};
 #pragma unroll
@@ -124,17 +112,9 @@ __global__ void __launch_bounds__(kThreads, min_blocks(kEights))
       quantize_eight(v[e], scale, num_planes, sums,
                      [&](int plane, std::uint32_t low, std::uint32_t high) { p.store(token, plane, group, low, high); });
   }
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  if constexpr (kShared) {
-    const cg::cluster_group cluster = cg::this_cluster();
-    add_sums(sums, num_planes, cluster.map_shared_rank(totals, 0));
-    cluster.sync();
-  }
-#endif
-  if constexpr (!kShared) {
-    add_sums(sums, num_planes, totals);
-    __syncthreads();
-  }
+  add_sums(sums, num_planes, totals);
+  __syncthreads();
+  if constexpr (kShared) exchange.add_sums(totals, cluster_size, num_planes, rank);
   if (rank == 0) p.finish(token, totals, scale);
   if (p.waits_last) wait_for_dependencies();
 }

@@ -5,7 +5,7 @@
 // exchange columns for the last two strides.
 #include <cooperative_groups.h>
 
-#include "hopper.cuh"
+#include "cluster_exchange.cuh"
 #include "launch.h"
 #include "linear.h"
 #include "rotate.cuh"
@@ -30,11 +30,10 @@ __global__ void PVQ_CLUSTER(kClusterSize) __launch_bounds__(kThreads, 2)
   constexpr int kRows = kOrder == 1 ? 1 : kOrder / kClusterSize;
   extern __shared__ __align__(16) char memory[];
   __shared__ GroupSums reduction;
-  __shared__ std::uint32_t cluster_largest[kClusterSize];
-  __shared__ std::int32_t cluster_sums[2];
+  __shared__ ClusterExchange exchange;
+  __shared__ std::int32_t totals[2];
   __shared__ alignas(16) float coefficients[kRows * kOrder];
   launch_dependents();
-  const cg::cluster_group cluster = cg::this_cluster();
   const Group group{static_cast<int>(threadIdx.x), kThreads, 1};
   const int rank = blockIdx.x % kClusterSize, n = static_cast<int>(p.tokens.in_features), run = n / kOrder,
             quads = n / kClusterSize / 4;
@@ -42,13 +41,15 @@ __global__ void PVQ_CLUSTER(kClusterSize) __launch_bounds__(kThreads, 2)
   const int num_planes = p.tokens.num_planes, lane = threadIdx.x & 31;
   const Element<kType>* x = static_cast<const Element<kType>*>(p.tokens.x) + token * n;
   float* y = reinterpret_cast<float*>(memory);  // this block's quarter of the rotated token
-  if (threadIdx.x < 2) cluster_sums[threadIdx.x] = 0;
+  if (threadIdx.x < 2) totals[threadIdx.x] = 0;
+  exchange.begin(kClusterSize, num_planes);
   if constexpr (kOrder == 1) {
     const int quarter = n / kClusterSize, part = quarter / kClusterSize;
     wait_for_dependencies();
     const SignedInput<kType> input{x + rank * quarter, p.tokens.rotation.signs + rank * quarter / 32};
     transform_power(group, input, y, quarter, quarter);
-    cluster.sync();
+    synchronize_cluster();
+    const cg::cluster_group cluster = cg::this_cluster();
     const float* quarters[kClusterSize];
 #pragma unroll
     for (int c = 0; c < kClusterSize; ++c) quarters[c] = cluster.map_shared_rank(y, c) + float_slot(rank * part);
@@ -63,8 +64,8 @@ __global__ void PVQ_CLUSTER(kClusterSize) __launch_bounds__(kThreads, 2)
       for (int c = 0; c < kClusterSize; ++c) y[float_slot(c * part + j)] = v[c];
     }
     group.sync();
+    arrive_cluster();  // no quarter is read any more
   } else {
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
     write_coefficients<kOrder>(group, rank * kRows, kRows, coefficients);
     group.sync();
     wait_for_dependencies();
@@ -84,8 +85,6 @@ __global__ void PVQ_CLUSTER(kClusterSize) __launch_bounds__(kThreads, 2)
     }
     group.sync();
     transform_power(group, Buffered{y}, y, n / kClusterSize, run);
-    // The memory of another block may be written to only once that block runs.
-    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
   }
   std::uint32_t largest = 0;
 #pragma unroll 1
@@ -95,12 +94,8 @@ __global__ void PVQ_CLUSTER(kClusterSize) __launch_bounds__(kThreads, 2)
   largest = __reduce_max_sync(0xffffffffu, largest);
   if (lane == 0) reduction.largest[threadIdx.x / 32] = largest;
   group.sync();
-  if (threadIdx.x < 32) {
-    largest = __reduce_max_sync(0xffffffffu, lane < kThreads / 32 ? reduction.largest[lane] : 0u);
-    if (lane < kClusterSize) cluster.map_shared_rank(cluster_largest, lane)[rank] = largest;
-  }
-  cluster.sync();
-  largest = max(max(cluster_largest[0], cluster_largest[1]), max(cluster_largest[2], cluster_largest[3]));
+  largest = __reduce_max_sync(0xffffffffu, lane < kThreads / 32 ? reduction.largest[lane] : 0u);
+  largest = exchange.largest_of_cluster(largest, kClusterSize, rank);
   const TokenScale scale(largest, num_planes, p.tokens.scale_constant);
   std::int32_t sum = 0, low_sum = 0;
 #pragma unroll 1
@@ -118,13 +113,17 @@ __global__ void PVQ_CLUSTER(kClusterSize) __launch_bounds__(kThreads, 2)
   sum = __reduce_add_sync(0xffffffffu, sum);
   low_sum = __reduce_add_sync(0xffffffffu, low_sum);
   if (lane == 0) {
-    std::int32_t* sums = cluster.map_shared_rank(cluster_sums, 0);
-    atomicAdd(sums, sum);
-    atomicAdd(sums + 1, low_sum);
+    atomicAdd(totals, sum);
+    atomicAdd(totals + 1, low_sum);
   }
-  cluster.sync();
+  group.sync();
+  exchange.add_sums(totals, kClusterSize, num_planes, rank);
+  if constexpr (kOrder == 1) {  // long over, as the exchange shows; but compute-sanitizer does not see that
+    __syncwarp();
+    wait_cluster();
+  }
   if (rank != 0) return;
-  if (threadIdx.x < num_planes) p.out.sums[token * num_planes + threadIdx.x] = cluster_sums[threadIdx.x];
+  if (threadIdx.x < num_planes) p.out.sums[token * num_planes + threadIdx.x] = totals[threadIdx.x];
   if (threadIdx.x == 0) p.out.token_scale[token] = scale.token_scale;
 #endif
 }
