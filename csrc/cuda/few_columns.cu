@@ -9,12 +9,7 @@
 // one, which overlaps with its prologue, is faster.
 #include <algorithm>
 
-#include "column_sums.cuh"
-#include "decode.cuh"
-#include "launch.h"
-#include "linear.h"
-#include "mma.cuh"
-#include "quantize.cuh"
+#include "few_columns.cuh"
 #include "with_codebook.h"
 
 namespace pvq::cuda {
@@ -30,150 +25,55 @@ constexpr int num_threads(CodebookId id, int column_tiles) { return wants_regist
 // As many threads as would share all registers: 96 or 64 for each.
 constexpr int register_bound(CodebookId id, int column_tiles) { return wants_registers(id, column_tiles) ? 640 : 1024; }
 
-struct Parameters {
-  Tokens tokens;  // fused: what to quantize
-  Activations a;  // else: quantized columns
-  Weight weight;
-  Output output;
-  Scratch scratch;
-  int num_tiles, tiles_per_block, chunks_per_split;
-  int num_columns, stored_columns;  // stored: of a chunk in shared memory, 1, 2, 4 or a multiple of 8
-  int sum_stride;                   // words from one column's sums to the next one's
-  int token_offset;                 // fused: of the token in shared memory, in bytes from its quantized columns
-};
+// How a warp walks through the chunks of its block, [tile][chunk]: it takes consecutive ones, so that it has few sums to add;
+// every kWarps-th, so that a block reads one stretch of memory; or consecutive ones where blocks share tiles.
+enum class Walk { kConsecutive, kInTurn, kShared };
 
-using Facts = ColumnFacts<kMaxFewColumns>;
-
-// A warp's chunks of its block, [tile][chunk of the split]: every kStride-th.
-template <int kStride>
-struct Walk {
-  const std::uint8_t* chunk_data;
-  int chunk, left;
-  template <CodebookId kId>
-  __device__ __forceinline__ void load(LaneChunk<kId>& to, int lane, int num_chunks, int skipped_bytes) {
-    if (left <= 0) return;
-    to.load(chunk_data, lane);
-    --left;
-    chunk += kStride;
-    chunk_data += kStride * chunk_bytes(kId);
-    while (chunk >= num_chunks) {
-      chunk -= num_chunks;
-      chunk_data += skipped_bytes;
-    }
-  }
-};
-
-// Columns of the split's chunks to shared memory, as they lie in global memory (layout.h): [chunk][stored_columns][128].
-__device__ __forceinline__ void copy_columns(const Parameters& p, int first_chunk, int num_chunks, char* to, int num_threads) {
-  const int padded = static_cast<int>(p.a.padded_columns), units = p.stored_columns * 8;
-  const std::int8_t* from = p.a.data + static_cast<std::int64_t>(first_chunk) * padded * kChunkColumns;
-  const int skipped = (padded - p.stored_columns) * 8, shift = __ffs(units) - 1;  // units: a power of two where some are skipped
-#pragma unroll 1
-  for (int i = threadIdx.x; i < num_chunks * units; i += num_threads)
-    copy_async_16(to + 16 * i, from + 16 * static_cast<std::int64_t>(i + (skipped == 0 ? 0 : (i >> shift) * skipped)));
-}
-
-// The token to shared memory, as it is in global memory.
-__device__ __forceinline__ void copy_token(const Parameters& p, char* to, int num_threads) {
-  const int units = static_cast<int>(p.tokens.in_features) / (p.tokens.dtype == DType::kFloat32 ? 4 : 8);
-#pragma unroll 1
-  for (int i = threadIdx.x; i < units; i += num_threads)
-    copy_async_16(to + 16 * i, static_cast<const char*>(p.tokens.x) + 16 * static_cast<std::int64_t>(i));
-}
-
-// Quantize the token; the split's chunks go to shared memory as copy_columns would put them.
-template <int kThreads>
-__device__ __forceinline__ void quantize_token(const Parameters& p, int first_chunk, int num_chunks, char* activations,
-                                               Facts& facts, std::uint32_t* warp_largest) {
-  const int num_planes = p.tokens.num_planes, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const int groups = static_cast<int>(p.tokens.in_features) / 8, padded_groups = static_cast<int>(p.weight.num_chunks) * 16;
-  const DType dtype = p.tokens.dtype;
-  const char* token = activations + p.token_offset;
-  const auto read = [token, dtype](int group, float (&v)[8]) {
-    if (dtype == DType::kBFloat16)
-      widen_eight<DType::kBFloat16>(reinterpret_cast<const std::uint16_t*>(token) + 8 * group, v);
-    else if (dtype == DType::kFloat16)
-      widen_eight<DType::kFloat16>(reinterpret_cast<const std::uint16_t*>(token) + 8 * group, v);
-    else
-      widen_eight<DType::kFloat32>(reinterpret_cast<const float*>(token) + 8 * group, v);
-  };
-  std::uint32_t largest = largest_magnitude<false, kThreads>(groups, RotatedColumns{}, read);
-  largest = __reduce_max_sync(0xffffffffu, largest);
-  if (lane == 0) warp_largest[warp] = largest;
-  if (threadIdx.x < 2) facts.sums[threadIdx.x] = 0;
-  __syncthreads();
-  largest = __reduce_max_sync(0xffffffffu, lane < kThreads / 32 ? warp_largest[lane] : 0u);
-  const TokenScale scale(largest, num_planes, p.tokens.scale_constant);
-  std::int32_t sums[2] = {};
-  quantize_columns<false, kThreads>(groups, padded_groups, RotatedColumns{}, read, scale, num_planes, sums,
-                                    [&](int plane, int group, std::uint32_t low, std::uint32_t high) {
-                                      const int chunk = (group >> 4) - first_chunk;
-                                      if (chunk < 0 || chunk >= num_chunks) return;
-                                      const int unit = (group >> 1 & 6) ^ plane;
-                                      char* to =
-                                          activations + (chunk * p.stored_columns + plane) * kChunkColumns + 4 * (group & 3);
-                                      *reinterpret_cast<std::uint32_t*>(to + 16 * unit) = low;
-                                      *reinterpret_cast<std::uint32_t*>(to + 16 * (unit ^ 1)) = high;
-                                    });
-#pragma unroll
-  for (int plane = 0; plane < 2; ++plane) {
-    const std::int32_t sum = __reduce_add_sync(0xffffffffu, sums[plane]);
-    if (lane == 0 && plane < num_planes) atomicAdd(&facts.sums[plane], sum);
-  }
-  if (threadIdx.x == 0) facts.scales[0] = scale.token_scale;
-}
-
-// Blocks that share rows leave their sums in `partial`; the last of them adds all up. True in the last one.
-template <int kThreads>
-__device__ __forceinline__ bool join_splits(const Parameters& p, std::int32_t* sums, int count) {
-  __shared__ bool last;
-  const int splits = gridDim.y;
-  std::int32_t* slot = p.scratch.partial + static_cast<std::int64_t>(blockIdx.x) * splits * count;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < count; i += kThreads) __stcg(slot + blockIdx.y * count + i, sums[i]);
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    last = atomicAdd(p.scratch.counters + blockIdx.x, 1) == splits - 1;
-    if (last) p.scratch.counters[blockIdx.x] = 0;
-  }
-  __syncthreads();
-  if (!last) return false;
-  __threadfence();
-#pragma unroll 1
-  for (int i = threadIdx.x; i < count; i += kThreads) {
-    std::int32_t sum = 0;
-    for (int s = 0; s < splits; ++s) sum += __ldcg(slot + s * count + i);
-    sums[i] = sum;
-  }
-  __syncthreads();
-  return true;
-}
-
-// kFused: quantize one token that needs no rotation here instead of reading quantized columns. kInTurn: the warps take chunks in
-// turn, so that a block reads one stretch of memory, instead of consecutive ones, so that a warp has few sums to add.
-template <CodebookId kId, int kColumnTiles, bool kFused, bool kInTurn>
-__global__ void __launch_bounds__(register_bound(kId, kColumnTiles), 1) few_columns_kernel(const __grid_constant__ Parameters p) {
+// kFused: quantize one token that needs no rotation here instead of reading quantized columns.
+template <CodebookId kId, int kColumnTiles, bool kFused, Walk kWalk>
+__global__ void __launch_bounds__(register_bound(kId, kColumnTiles), 1) few_columns_kernel(const __grid_constant__ FewColumns p) {
   constexpr int kThreads = num_threads(kId, kColumnTiles), kWarps = kThreads / 32;
   extern __shared__ __align__(64) char shared[];
-  __shared__ Facts facts;
+  __shared__ FewColumnsFacts facts;
   __shared__ std::uint32_t warp_largest[kWarps];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int all_chunks = static_cast<int>(p.weight.num_chunks);
   const int first_chunk = blockIdx.y * p.chunks_per_split, num_chunks = min(p.chunks_per_split, all_chunks - first_chunk);
   const int first_tile = blockIdx.x * p.tiles_per_block, num_tiles = min(p.tiles_per_block, p.num_tiles - first_tile);
 
+  constexpr bool kInTurn = kWalk == Walk::kInTurn;
   constexpr int kStride = kInTurn ? kWarps : 1;
   const int items = num_tiles * num_chunks, first_item = kInTurn ? warp : items * warp / kWarps;
-  int tile = first_item / num_chunks, chunk = first_item - tile * num_chunks,
-      left = kInTurn ? (items - warp + kWarps - 1) / kWarps : items * (warp + 1) / kWarps - first_item;
-  const int skipped_bytes = (all_chunks - num_chunks) * chunk_bytes(kId);
-  Walk<kStride> ahead{
-      p.weight.data + (static_cast<std::int64_t>(first_tile + tile) * all_chunks + first_chunk + chunk) * chunk_bytes(kId), chunk,
-      left};
+  const int own_items = kInTurn ? (items - warp + kWarps - 1) / kWarps : items * (warp + 1) / kWarps - first_item;
+  int tile = first_item / num_chunks, chunk = first_item - tile * num_chunks;
+  // Chunks of the tile still to be multiplied, and of later tiles.
+  int tile_items = (num_chunks - chunk + kStride - 1) / kStride;  // of the warp, were it to do the whole tile
+  int left = min(tile_items, own_items), later = own_items - left;
+  // What the lane reads next, kPrefetch chunks ahead.
+  const std::uint8_t* ahead =
+      p.weight.data + (static_cast<std::int64_t>(first_tile + tile) * all_chunks + first_chunk + chunk) * chunk_bytes(kId) +
+      16 * lane;
+  [[maybe_unused]] int chunk_ahead = chunk;
   LaneChunk<kId> buffer[kPrefetch];
-#pragma unroll
-  for (int b = 0; b < kPrefetch; ++b) ahead.load(buffer[b], lane, num_chunks, skipped_bytes);
+  // A branch in any case: loads under a predicate ptxas moves down, in the prologue behind the wait for the activations.
+  const auto refill = [&](LaneChunk<kId>& to, bool present) {
+    if (!present) {
+      __nanosleep(0);
+      return;
+    }
+    to.load(ahead - 16 * lane, lane);
+    ahead += kStride * chunk_bytes(kId);
+    if constexpr (kWalk == Walk::kShared) {
+      if (++chunk_ahead == num_chunks) {
+        chunk_ahead = 0;
+        ahead += (all_chunks - num_chunks) * chunk_bytes(kId);
+      }
+    }
+  };
+  // The second chunk after the table: before it, the table would come later, and the tokens to the kernel that quantizes. (Where
+  // the token is quantized here, both chunks first are faster.)
+  refill(buffer[0], own_items > 0);
+  if constexpr (kFused) refill(buffer[1], own_items > 1);
 
   const std::uint32_t base = shared_address(shared);
   std::int32_t* sums = reinterpret_cast<std::int32_t*>(shared + kGainTableBytes);  // [columns][sum_stride]
@@ -203,16 +103,17 @@ __global__ void __launch_bounds__(register_bound(kId, kColumnTiles), 1) few_colu
     copy_async_wait<0>();
   }
   __syncthreads();
+  if constexpr (!kFused) refill(buffer[1], own_items > 1);
   const Tables tables{table_address, base};
   std::int32_t tile_sums[kColumnTiles][4] = {};
   std::uint32_t first_fragments[kSteps][4];
   constexpr bool kDecodeFirst = kId != CodebookId::kInt8;
   if constexpr (kDecodeFirst) {
-    if (left > 0) {
+    if (own_items > 0) {
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) decode(buffer[0], s, tables, first_fragments[s]);
     }
-    ahead.load(buffer[0], lane, num_chunks, skipped_bytes);
+    refill(buffer[0], own_items > kPrefetch);
   }
   if constexpr (kFused) {
     copy_async_wait<0>();
@@ -262,16 +163,20 @@ __global__ void __launch_bounds__(register_bound(kId, kColumnTiles), 1) few_colu
     }
   };
   const auto next_chunk = [&] {
-    --left;
-    chunk += kStride;
     columns_now += kStride * chunk_stride;
-    if (chunk < num_chunks && left > 0) return;
+    if (--left > 0) return;
     add_sums();
-    while (chunk >= num_chunks) {
-      chunk -= num_chunks;
-      ++tile;
+    ++tile;
+    if constexpr (kInTurn) {
+      for (chunk += tile_items * kStride - num_chunks; chunk >= num_chunks; chunk -= num_chunks) ++tile;
+      columns_now = lane_columns + chunk * chunk_stride;
+      tile_items = (num_chunks - chunk + kStride - 1) / kStride;
+    } else {
+      columns_now = lane_columns;
+      tile_items = num_chunks;
     }
-    columns_now = lane_columns + chunk * chunk_stride;
+    left = min(tile_items, later);
+    later -= left;
   };
   if constexpr (kDecodeFirst) {
     if (left > 0) {
@@ -283,10 +188,9 @@ __global__ void __launch_bounds__(register_bound(kId, kColumnTiles), 1) few_colu
   while (left > 0) {
 #pragma unroll
     for (int b = 0; b < kPrefetch; ++b) {
-      if (left <= 0) break;
       LaneChunk<kId>& next = buffer[(b + (kDecodeFirst ? 1 : 0)) % kPrefetch];
       const LaneChunk<kId> now = next;
-      ahead.load(next, lane, num_chunks, skipped_bytes);
+      refill(next, left > kPrefetch - later);
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
         std::uint32_t fragment[4];
@@ -294,6 +198,7 @@ __global__ void __launch_bounds__(register_bound(kId, kColumnTiles), 1) few_colu
         multiply(s, fragment);
       }
       next_chunk();
+      if (left <= 0) break;
     }
   }
   __syncthreads();
@@ -307,7 +212,7 @@ __global__ void __launch_bounds__(register_bound(kId, kColumnTiles), 1) few_colu
 
 // Blocks, splits and shared memory; false if nothing fits.
 template <CodebookId kId, int kColumnTiles, bool kFused, bool kInTurn>
-bool run(Parameters& p, cudaStream_t stream) {
+bool run(FewColumns& p, cudaStream_t stream) {
   const DeviceProperties& device = device_properties();
   const std::int64_t tiles = (p.weight.rows + kTileRows - 1) / kTileRows, chunks = p.weight.num_chunks, columns = p.num_columns;
   const std::int64_t token_bytes = kFused ? p.tokens.in_features * (p.tokens.dtype == DType::kFloat32 ? 4 : 2) : 0;
@@ -337,9 +242,11 @@ bool run(Parameters& p, cudaStream_t stream) {
       p.sum_stride = static_cast<int>(sum_stride);
       p.token_offset = static_cast<int>(chunks_here * p.stored_columns * kChunkColumns);
       const bool overlap = kFused || starts_early(p.a, blocks * splits);
-      launch_overlapping(overlap, few_columns_kernel<kId, kColumnTiles, kFused, kInTurn>,
-                         dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(splits)), dim3(num_threads(kId, kColumnTiles)),
-                         static_cast<std::size_t>(total), stream, p);
+      constexpr Walk kWhole = kInTurn ? Walk::kInTurn : Walk::kConsecutive;
+      const auto kernel = splits > 1 ? few_columns_kernel<kId, kColumnTiles, kFused, Walk::kShared>
+                                     : few_columns_kernel<kId, kColumnTiles, kFused, kWhole>;
+      launch_overlapping(overlap, kernel, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(splits)),
+                         dim3(num_threads(kId, kColumnTiles)), static_cast<std::size_t>(total), stream, p);
       return true;
     }
   }
@@ -347,7 +254,7 @@ bool run(Parameters& p, cudaStream_t stream) {
 }
 
 template <CodebookId kId, bool kFused>
-bool run_columns(Parameters& p, cudaStream_t stream) {
+bool run_columns(FewColumns& p, cudaStream_t stream) {
   // Chunks of a warp: only where they are many does memory count for more than adding the sums of every tile.
   const std::int64_t tiles = (p.weight.rows + kTileRows - 1) / kTileRows, num_sms = device_properties().num_sms,
                      chunks = (tiles + num_sms - 1) / num_sms * p.weight.num_chunks / (num_threads(kId, 1) / 32);
@@ -361,7 +268,7 @@ bool run_columns(Parameters& p, cudaStream_t stream) {
 }
 
 template <bool kFused>
-bool run_codebook(Parameters& p, std::int64_t num_columns, cudaStream_t stream) {
+bool run_codebook(FewColumns& p, std::int64_t num_columns, cudaStream_t stream) {
   p.num_columns = static_cast<int>(num_columns);
   p.stored_columns = num_columns <= 2 ? p.num_columns : num_columns <= 4 ? 4 : static_cast<int>(round_up(num_columns, 8));
   return with_codebook(p.weight.codebook, [&](auto id) { return run_columns<decltype(id)::value, kFused>(p, stream); });
@@ -372,7 +279,7 @@ bool run_codebook(Parameters& p, std::int64_t num_columns, cudaStream_t stream) 
 bool quantize_and_multiply(const Tokens& tokens, const Weight& weight, const Output& output, const Scratch& scratch,
                            cudaStream_t stream) {
   if (tokens.num_tokens != 1 || tokens.rotation.num_factors != 0) return false;
-  Parameters p{};
+  FewColumns p{};
   p.tokens = tokens;
   p.weight = weight;
   p.output = output;
@@ -381,7 +288,7 @@ bool quantize_and_multiply(const Tokens& tokens, const Weight& weight, const Out
 }
 
 bool few_columns(const Activations& a, const Weight& weight, const Output& output, const Scratch& scratch, cudaStream_t stream) {
-  Parameters p{};
+  FewColumns p{};
   p.a = a;
   p.weight = weight;
   p.output = output;
