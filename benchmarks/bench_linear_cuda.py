@@ -4,8 +4,10 @@
     python benchmarks/bench_linear_cuda.py [--codebooks pvq4,pvq3] [--activations a8,a16] [--check] [--markdown FILE]
 
 Every contender is timed in the same way: a CUDA graph of calls that cycle through so many copies of the weight that none is
-left in the L2 cache, the graphs of all contenders replayed in turn, the median of the replays. All get the same fp16
-activations; PVQ rotates and quantizes them (--rotations), fp8 quantizes them per token, within the measured time.
+left in the L2 cache, some replays after the GPU has rested for --rest seconds, twice; the median. A rest, because a GPU at its
+limit of power lowers its clock, and late, after some tenths of a second: contenders that run in turn without a break (--rest 0)
+are each measured at a clock that the ones before have earned. --settle: to be measured under a load of its own. All get the
+same fp16 activations; PVQ rotates and quantizes them (--rotations), fp8 quantizes them per token, within the measured time.
 int_mm is torch._int_mm alone, without quantization and scales, and so no layer: it is left out of "best". Ratios are the
 contender's time over ours. TB/s counts the packed weight; "of copy" is its share of a measured device-to-device copy, read and
 write counted. Weights are random: Gaussian for the codes, arbitrary bits for int4, whose speed does not depend on them.
@@ -26,6 +28,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from linear_contenders import MAKERS, Contender, Layer, is_rotation, make_layer, make_ours, relative_error
@@ -34,6 +37,7 @@ from linear_report import OTHERS, report
 SHAPES = "4096x4096,6144x4096,28672x4096,4096x14336,8192x8192,57344x8192"
 TOKENS = "1,2,4,8,16,32,64,256,2048"
 REPLAY_SECONDS = 1e-3  # of one replay at least, so that the start of the graph does not count
+ROUNDS = 2  # with breaks; without, as many as replays
 # int8 activations leave about 1% of noise; with 16 bits the rounding of the fp16 result remains.
 CHECK_LIMIT = {"a8": 2e-2, "a16": 2e-3}
 
@@ -66,8 +70,15 @@ def capture(calls: list[Callable], x: torch.Tensor, num_calls: int) -> torch.cud
     return graph
 
 
-def prepare(calls: list[Callable], x: torch.Tensor) -> tuple[torch.cuda.CUDAGraph, int]:
-    """A graph long enough to be timed, warm, and how many calls are in it: a multiple of the number of copies."""
+class Prepared(NamedTuple):
+    """A graph long enough to be timed, warm; its calls are a multiple of the number of copies."""
+
+    graph: torch.cuda.CUDAGraph
+    num_calls: int
+    seconds: float  # of a replay, about
+
+
+def prepare(calls: list[Callable], x: torch.Tensor) -> Prepared:
     for call in calls[:2]:
         call(x)
     torch.cuda.synchronize()
@@ -81,33 +92,47 @@ def prepare(calls: list[Callable], x: torch.Tensor) -> tuple[torch.cuda.CUDAGrap
         graph = capture(calls, x, num_calls)
         graph.replay()
     torch.cuda.synchronize()
-    return graph, num_calls
+    return Prepared(graph, num_calls, seconds * rounds)
 
 
 def measure(
-    contenders: dict[str, Contender], x: torch.Tensor, replays: int, notes: set[str]
+    contenders: dict[str, Contender],
+    x: torch.Tensor,
+    *,
+    replays: int,
+    rest: float,
+    settle: float,
+    notes: set[str],
 ) -> dict[str, float]:
     """Median seconds of a call of each contender that can run; the others leave a note."""
-    graphs = {}
+    prepared: dict[str, Prepared] = {}
     for name, contestant in contenders.items():
         if name == "int_mm" and len(x) <= 16:
             continue  # torch's own limit
         try:
-            graphs[name] = prepare(contestant.calls, x)
+            prepared[name] = prepare(contestant.calls, x)
         except Exception as error:
             notes.add(f"{name}, {len(x)} tokens x {x.shape[1]}: {brief(error)}")
-    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in graphs}
-    for _ in range(replays):  # queued without waiting, so that no launch is on the clock
-        for name, (graph, _) in graphs.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            events[name].append((start, end))
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in prepared}
+    rounds = ROUNDS if rest > 0 or settle > 0 else replays
+    for _ in range(rounds):
+        for name, (graph, _, seconds) in prepared.items():
+            if rest > 0:
+                torch.cuda.synchronize()
+                time.sleep(rest)
+            # Queued without waiting, so that no launch is on the clock: after a break one replay goes before.
+            for _ in range(max(math.ceil(settle / seconds), int(rest > 0))):
+                graph.replay()
+            for _ in range(math.ceil(replays / rounds)):
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                graph.replay()
+                end.record()
+                events[name].append((start, end))
     torch.cuda.synchronize()
     return {
         name: statistics.median(start.elapsed_time(end) for start, end in events[name]) / 1e3 / num_calls
-        for name, (_, num_calls) in graphs.items()
+        for name, (_, num_calls, _) in prepared.items()
     }
 
 
@@ -158,7 +183,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "blocks of at most N columns (default: %(default)s)",
     )
     parser.add_argument("--without", default="", help="contenders to leave out: " + ", ".join(OTHERS))
-    parser.add_argument("--replays", type=int, default=21, help="of each graph (default: %(default)s)")
+    parser.add_argument("--replays", type=int, default=14, help="of each graph (default: %(default)s)")
+    for name, seconds, what in (
+        ("--rest", 0.05, "that the GPU rests before each contender"),
+        ("--settle", 0.0, "that each contender runs alone before it is timed"),
+    ):
+        parser.add_argument(
+            name, type=float, default=seconds, metavar="SECONDS", help=f"{what} (default: %(default)s)"
+        )
     parser.add_argument(
         "--check", action="store_true", help="compare some rows with float64 first; status 1 if wrong"
     )
@@ -170,6 +202,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         options.tokens = [int(n) for n in options.tokens.split(",")]
     except ValueError:
         parser.error("--shapes looks like 4096x4096,6144x4096 and --tokens like 1,2,4")
+    if options.replays < 1 or not 0 <= options.rest < math.inf or not 0 <= options.settle < math.inf:
+        parser.error("--replays is at least 1, and --rest and --settle are seconds, 0 or more")
     if any(len(shape) != 2 for shape in options.shapes):
         parser.error("--shapes: each is out_features x in_features, such as 4096x14336")
     options.codebooks, options.activations = options.codebooks.split(","), options.activations.split(",")
@@ -231,7 +265,8 @@ def main() -> None:
     environment, bandwidth = versions(), copy_bandwidth()
     title = (
         f"{environment['gpu']}, driver {environment['driver']}, torch {environment['torch']}, vLLM "
-        f"{environment['vllm']}; device-to-device copy {bandwidth / 1e12:.2f} TB/s (read and write)"
+        f"{environment['vllm']}; device-to-device copy {bandwidth / 1e12:.2f} TB/s (read and write); "
+        f"{options.rest:g} s of rest and {options.settle:g} s of load before each contender"
     )
     print(title, flush=True)
     cases, names, notes, good = [], [], set(), True
@@ -252,7 +287,14 @@ def main() -> None:
                         "out_features": shape[0],
                         "in_features": shape[1],
                         "tokens": tokens,
-                        "seconds": measure(contenders, x, options.replays, notes),
+                        "seconds": measure(
+                            contenders,
+                            x,
+                            replays=options.replays,
+                            rest=options.rest,
+                            settle=options.settle,
+                            notes=notes,
+                        ),
                         "weight_bytes": {name: entry.weight_bytes for name, entry in contenders.items()},
                     }
                 )
@@ -275,6 +317,8 @@ def main() -> None:
         results = {
             **environment,
             "copy_bytes_per_s": bandwidth,
+            "rest_s": options.rest,
+            "settle_s": options.settle,
             "cases": cases,
             "not_measured": sorted(notes),
         }
