@@ -113,12 +113,11 @@ __device__ __forceinline__ std::uint32_t select_digits(std::uint32_t digits, std
   return selected;
 }
 
-// Both groups of a step, pvq3 and pvq4. kRefined: `bits` are those of pvq4; else `sign_source` has the sign of leaf l in bit
-// 7 - l of each byte. What counts is the number of logical instructions and right shifts: they share a pipe that takes two
-// cycles for each, while left shifts are multiplications (docs/kernels_gpu.md).
+// Both groups of a step, pvq3 and pvq4. kRefined: `bits` are those of pvq4; else they have the sign of leaf l in bit 7 - l of
+// each byte. What counts is the number of logical instructions and right shifts: they share a pipe that takes two cycles for
+// each, while left shifts are multiplications (docs/kernels_gpu.md).
 template <bool kRefined>
-__device__ __forceinline__ void expand_joined(const FoundStep& found, std::uint32_t bits, std::uint32_t sign_source,
-                                              std::uint32_t (&a)[4]) {
+__device__ __forceinline__ void expand_joined(const FoundStep& found, std::uint32_t bits, std::uint32_t (&a)[4]) {
   const std::uint32_t low0 = found.digits[0], high0 = __funnelshift_r(low0, low0, 4);
   const std::uint32_t low1 = found.digits[1], high1 = __funnelshift_r(low1, low1, 4);
   const uint2 gain0 = found.gains[0], gain1 = found.gains[1];
@@ -136,10 +135,10 @@ __device__ __forceinline__ void expand_joined(const FoundStep& found, std::uint3
     j2 = low1 & kDigitBits;
     j3 = high1 & kDigitBits;
   }
-  a[0] = (j0 * gain0.x + gain0.y) ^ sign_masks(sign_source);
-  a[2] = (j1 * gain0.x + gain0.y) ^ sign_masks(sign_source << 1);
-  a[1] = (j2 * gain1.x + gain1.y) ^ sign_masks(sign_source << (kRefined ? 4 : 2));
-  a[3] = (j3 * gain1.x + gain1.y) ^ sign_masks(sign_source << (kRefined ? 5 : 3));
+  a[0] = (j0 * gain0.x + gain0.y) ^ sign_masks(bits);
+  a[2] = (j1 * gain0.x + gain0.y) ^ sign_masks(bits << 1);
+  a[1] = (j2 * gain1.x + gain1.y) ^ sign_masks(bits << (kRefined ? 4 : 2));
+  a[3] = (j3 * gain1.x + gain1.y) ^ sign_masks(bits << (kRefined ? 5 : 3));
 }
 
 template <>
@@ -159,7 +158,7 @@ struct LaneChunk<CodebookId::kPvq4> {
     find_joined(word_of(code, s), tables, found);
   }
   __device__ __forceinline__ void expand(int s, const Found& found, std::uint32_t (&a)[4]) const {
-    expand_joined<true>(found, word_of(bits, s), word_of(bits, s), a);
+    expand_joined<true>(found, word_of(bits, s), a);
   }
 };
 
@@ -181,7 +180,7 @@ struct LaneChunk<CodebookId::kPvq3> {
     find_joined(word_of(code, s), tables, found);
   }
   __device__ __forceinline__ void expand(int s, const Found& found, std::uint32_t (&a)[4]) const {
-    expand_joined<false>(found, 0, word_of(bits, s / 2) << (4 * (s & 1)), a);
+    expand_joined<false>(found, word_of(bits, s / 2) << (4 * (s & 1)), a);
   }
 };
 

@@ -124,7 +124,6 @@ __global__ void __launch_bounds__(register_bound(kMaxWarps), 1) warp_tiles_kerne
   copy_async_wait<0>();
   synchronize_threads(kConsumersBarrier + 1, threads_here);
   if (!is_producer) load_ahead(buffer[1]);  // not before the table, which would come later
-  const Tables tables{table_address, base};
   wait_for_dependencies();
   if (is_producer) {
     if (lane == 0) bring_columns<kColumnTiles>(p, full, empty, ring);
@@ -133,6 +132,7 @@ __global__ void __launch_bounds__(register_bound(kMaxWarps), 1) warp_tiles_kerne
   for (int i = threadIdx.x; i < num_columns; i += 32 * consumers) facts.sums[i] = __ldcg(p.a.sums + i);
   for (int i = threadIdx.x; i < num_tokens; i += 32 * consumers) facts.scales[i] = __ldcg(p.a.token_scale + i);
 
+  const Tables tables{table_address, base};
   const int lane_row = lane & 7, matrix = lane >> 3, lane_column = 8 * (matrix >> 1) + lane_row;
   const std::uint32_t lane_columns = ring + lane_column * kChunkColumns + 16 * ((matrix & 1) ^ lane_row);
   int slot = share;

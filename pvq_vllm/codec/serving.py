@@ -80,6 +80,33 @@ def shapes(name: str) -> np.ndarray:
     return np.array(rows, dtype=np.int64)
 
 
+def group_magnitudes(codes: np.ndarray, name: str) -> np.ndarray:
+    """The b of docs/format.md §4.1 of groups of eight weights, also of those that it calls invalid.
+
+    Args:
+        codes: uint8 [..., B].
+        name: a serving codebook.
+    Returns:
+        int64 [..., 8].
+    Raises:
+        PVQError: a shape out of range.
+    """
+    book = SERVING[name]
+    wide = book.shape_bits > 8
+    code = codes[..., 0].astype(np.int64) | (codes[..., 1].astype(np.int64) << 8 if wide else 0)
+    shape, gain_index = code & ((1 << book.shape_bits) - 1), code >> book.shape_bits
+    if (shape >= book.num_shapes).any():
+        raise PVQError(
+            f"a {name} code has shape {int(shape.max())} of {book.num_shapes}; the tensor is damaged."
+        )
+    j = shapes(name)[shape] << book.refinement_bits
+    if book.refinement_bits:
+        j += codes[..., 3].astype(np.int64)[..., None] >> np.arange(GROUP_SIZE) & 1
+    starts = np.cumsum([comb(k + GROUP_SIZE - 1, GROUP_SIZE - 1) for k in book.pyramids])
+    gain = np.array(book.gains)[np.searchsorted(starts, shape, side="right"), gain_index]
+    return gain[..., :1] + gain[..., 1:] * j
+
+
 def decode_groups(codes: np.ndarray, name: str) -> np.ndarray:
     """Decode groups of eight weights in plain numpy.
 
@@ -97,26 +124,10 @@ def decode_groups(codes: np.ndarray, name: str) -> np.ndarray:
         if (q == -128).any():
             raise PVQError("an int8 code is -128, which is out of range; the tensor is damaged.")
         return q.copy()
-    book = SERVING[name]
-    wide = book.shape_bits > 8
-    code = codes[..., 0].astype(np.int64) | (codes[..., 1].astype(np.int64) << 8 if wide else 0)
-    signs = codes[..., 2 if wide else 1].astype(np.int64)
-    shape, gain_index = code & ((1 << book.shape_bits) - 1), code >> book.shape_bits
-    if (shape >= book.num_shapes).any():
-        raise PVQError(
-            f"a {name} code has shape {int(shape.max())} of {book.num_shapes}; the tensor is damaged."
-        )
-    m = shapes(name)[shape]
-    lane = np.arange(GROUP_SIZE)
-    j = m << book.refinement_bits
-    if book.refinement_bits:
-        j += codes[..., 3].astype(np.int64)[..., None] >> lane & 1
-    starts = np.cumsum([comb(k + GROUP_SIZE - 1, GROUP_SIZE - 1) for k in book.pyramids])
-    pyramid = np.searchsorted(starts, shape, side="right")
-    gain = np.array(book.gains)[pyramid, gain_index]
-    b = gain[..., :1] + gain[..., 1:] * j
+    b = group_magnitudes(codes, name)
     if (b > MAX_MAGNITUDE).any():
         raise PVQError(
             f"a {name} code decodes to {int(b.max())}, above {MAX_MAGNITUDE}; the tensor is damaged."
         )
-    return np.where(signs[..., None] >> lane & 1, ~b, b).astype(np.int8)
+    signs = codes[..., 2 if SERVING[name].shape_bits > 8 else 1].astype(np.int64)
+    return np.where(signs[..., None] >> np.arange(GROUP_SIZE) & 1, ~b, b).astype(np.int8)

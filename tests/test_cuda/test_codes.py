@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Codes on a GPU: what packing refuses, what the quantizer and the canonical codebook give."""
 
-from math import comb
-
 import numpy as np
 import pytest
 import torch
@@ -10,7 +8,7 @@ import torch
 from pvq_vllm import cuda_ops, ops, quantizer_ops
 from pvq_vllm.canonical_ops import decode_canonical, encode_canonical
 from pvq_vllm.codec.errors import PVQError
-from pvq_vllm.codec.serving import SERVING, decode_groups, shapes
+from pvq_vllm.codec.serving import MAX_MAGNITUDE, SERVING, decode_groups, group_magnitudes
 
 pytestmark = pytest.mark.cuda
 
@@ -81,12 +79,7 @@ def every_code(name: str) -> torch.Tensor:
     codes[:, 0] = code & 255
     if book.shape_bits > 8:
         codes[:, 1] = code >> 8
-    j = shapes(name)[shape] << book.refinement_bits
-    if book.refinement_bits:
-        j += codes[:, 3, None] >> np.arange(8) & 1
-    pyramid = np.searchsorted(np.cumsum([comb(k + 7, 7) for k in book.pyramids]), shape, side="right")
-    base, step = np.moveaxis(np.array(book.gains)[pyramid, gain], 1, 0)[..., None]
-    return torch.from_numpy(codes[((base + step * j) <= 127).all(1)])
+    return torch.from_numpy(codes[(group_magnitudes(codes, name) <= MAX_MAGNITUDE).all(1)])
 
 
 @pytest.mark.parametrize("name", ["pvq2", "pvq3", "pvq4"])
