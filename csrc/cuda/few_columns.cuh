@@ -48,7 +48,7 @@ __device__ __forceinline__ void copy_token(const FewColumns& p, char* to, int nu
 template <int kThreads>
 __device__ __forceinline__ void quantize_token(const FewColumns& p, int first_chunk, int num_chunks, char* activations,
                                                FewColumnsFacts& facts, std::uint32_t* warp_largest) {
-  const int num_planes = p.tokens.num_planes, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int num_planes = p.tokens.num_planes;
   const int groups = static_cast<int>(p.tokens.in_features) / 8, padded_groups = static_cast<int>(p.weight.num_chunks) * 16;
   const DType dtype = p.tokens.dtype;
   const char* token = activations + p.token_offset;
@@ -60,12 +60,9 @@ __device__ __forceinline__ void quantize_token(const FewColumns& p, int first_ch
     else
       widen_eight<DType::kFloat32>(reinterpret_cast<const float*>(token) + 8 * group, v);
   };
-  std::uint32_t largest = largest_magnitude<false, kThreads>(groups, RotatedColumns{}, read);
-  largest = __reduce_max_sync(0xffffffffu, largest);
-  if (lane == 0) warp_largest[warp] = largest;
   if (threadIdx.x < 2) facts.sums[threadIdx.x] = 0;
-  __syncthreads();
-  largest = __reduce_max_sync(0xffffffffu, lane < kThreads / 32 ? warp_largest[lane] : 0u);
+  const std::uint32_t largest = largest_of_threads(largest_magnitude<false, kThreads>(groups, RotatedColumns{}, read),
+                                                   threadIdx.x, kThreads, warp_largest, [] { __syncthreads(); });
   const TokenScale scale(largest, num_planes, p.tokens.scale_constant);
   std::int32_t sums[2] = {};
   quantize_columns<false, kThreads>(groups, padded_groups, RotatedColumns{}, read, scale, num_planes, sums,
@@ -78,11 +75,7 @@ __device__ __forceinline__ void quantize_token(const FewColumns& p, int first_ch
                                       *reinterpret_cast<std::uint32_t*>(to + 16 * unit) = low;
                                       *reinterpret_cast<std::uint32_t*>(to + 16 * (unit ^ 1)) = high;
                                     });
-#pragma unroll
-  for (int plane = 0; plane < 2; ++plane) {
-    const std::int32_t sum = __reduce_add_sync(0xffffffffu, sums[plane]);
-    if (lane == 0 && plane < num_planes) atomicAdd(&facts.sums[plane], sum);
-  }
+  add_sums(sums, num_planes, facts.sums);
   if (threadIdx.x == 0) facts.scales[0] = scale.token_scale;
 }
 

@@ -17,6 +17,12 @@ PVQ_HOST_DEVICE std::uint32_t spread_bits(std::uint32_t bits, int low, int high)
   return word;
 }
 
+// pvq2 and pvq3: the signs of both row halves of two steps share a word.
+PVQ_HOST_DEVICE std::uint32_t spread_signs(std::uint32_t signs, int s, int h) {
+  const int low = 7 - 4 * (s & 1) - 2 * h;
+  return spread_bits(signs, low, low - 1);
+}
+
 PVQ_HOST_DEVICE std::uint32_t word_at(const std::uint8_t* bytes) {
   return bytes[0] | static_cast<std::uint32_t>(bytes[1]) << 8 | static_cast<std::uint32_t>(bytes[2]) << 16 |
          static_cast<std::uint32_t>(bytes[3]) << 24;
@@ -31,14 +37,14 @@ PVQ_HOST_DEVICE void add_group(const std::uint8_t* bytes, int s, int h, std::uin
     words[4 * s + 2 + h] = word_at(bytes + 4);
   } else if constexpr (kId == CodebookId::kPvq2) {
     words[s / 2] |= static_cast<std::uint32_t>(bytes[0]) << (16 * (s & 1) + 8 * h);
-    words[2 + s / 2] |= spread_bits(bytes[1], 7 - 4 * (s & 1) - 2 * h, 6 - 4 * (s & 1) - 2 * h);
+    words[2 + s / 2] |= spread_signs(bytes[1], s, h);
   } else {
     const std::uint32_t code = bytes[0] | static_cast<std::uint32_t>(bytes[1]) << 8, shape = code & 0x1fffu, gain = code >> 13;
     words[s] |= h == 0 ? shape << 2 | gain << 28 : shape << 15 | gain << 31 | gain >> 1;
     if constexpr (kId == CodebookId::kPvq4)
       words[4 + s] |= spread_bits(bytes[2], 7 - 4 * h, 6 - 4 * h) | spread_bits(bytes[3], h, h + 4);
     else
-      words[4 + s / 2] |= spread_bits(bytes[2], 7 - 4 * (s & 1) - 2 * h, 6 - 4 * (s & 1) - 2 * h);
+      words[4 + s / 2] |= spread_signs(bytes[2], s, h);
   }
 }
 

@@ -124,14 +124,12 @@ __device__ __forceinline__ std::uint32_t quantize_pulses(const float* from, cons
 template <DType kType, int kThreads, int kMaxDense>
 __global__ void __launch_bounds__(kThreads, 1) project_tokens_kernel(const __grid_constant__ Parameters p) {
   extern __shared__ __align__(16) char shared[];
-  __shared__ std::uint32_t warp_largest[32];
-  __shared__ std::int32_t token_sum;
+  __shared__ GroupSums reduction;
   __shared__ alignas(16) float coefficients[kMaxDense * kMaxDense];
   launch_dependents();
   const Group group{static_cast<int>(threadIdx.x), kThreads, 1};
   const std::int64_t token = blockIdx.x;
   const int n = static_cast<int>(p.tokens.in_features), padded = static_cast<int>(p.out.num_chunks) * kChunkColumns;
-  const int lane = group.thread & 31;
   const Projection projection = p.tokens.projection;
   float* y = reinterpret_cast<float*>(shared);
   wait_for_dependencies();
@@ -151,26 +149,21 @@ __global__ void __launch_bounds__(kThreads, 1) project_tokens_kernel(const __gri
     default:
       largest = project_groups<1>(group, y, n, projection);
   }
-  largest = __reduce_max_sync(kAllLanes, largest);
-  if (lane == 0) warp_largest[group.thread >> 5] = largest;
-  if (group.thread == 0) token_sum = 0;
-  group.sync();
-  largest = __reduce_max_sync(kAllLanes, lane < kThreads / 32 ? warp_largest[lane] : 0u);
-
+  if (group.thread == 0) reduction.sums[0] = 0;
+  largest = largest_of_threads(largest, group.thread, kThreads, reduction.largest, [&] { group.sync(); });
   const TokenScale scale(largest, 1, p.tokens.scale_constant);
-  std::int32_t sum = 0;
+  std::int32_t sums[2] = {};
 #pragma unroll 1
   for (int quad = group.thread; quad < padded / 4; quad += kThreads) {
     const bool zero = scale.zero || 4 * quad >= n;
     const std::uint32_t bytes = zero ? 0u : quantize_pulses(y + float_slot(4 * quad), scale);
     *reinterpret_cast<std::uint32_t*>(p.out.data + activation_offset(4 * quad, token, p.out.padded_columns)) = bytes;
-    sum = __dp4a(static_cast<int>(bytes), 0x01010101, sum);
+    sums[0] = __dp4a(static_cast<int>(bytes), 0x01010101, sums[0]);
   }
-  sum = __reduce_add_sync(kAllLanes, sum);
-  if (lane == 0) atomicAdd(&token_sum, sum);
+  add_sums(sums, 1, reduction.sums);
   group.sync();
   if (group.thread != 0) return;
-  p.out.sums[token] = token_sum;
+  p.out.sums[token] = reduction.sums[0];
   p.out.token_scale[token] = scale.token_scale;
 }
 

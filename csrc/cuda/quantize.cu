@@ -40,22 +40,9 @@ struct Parameters {
   }
 };
 
-// Of a block; `warps`: shared memory, as many words as it has warps.
-__device__ __forceinline__ std::uint32_t largest_of_block(std::uint32_t largest, std::uint32_t* warps, int num_warps) {
-  const int lane = threadIdx.x & 31;
-  largest = __reduce_max_sync(0xffffffffu, largest);
-  if (lane == 0) warps[threadIdx.x / 32] = largest;
-  __syncthreads();
-  return __reduce_max_sync(0xffffffffu, lane < num_warps ? warps[lane] : 0u);
-}
-
-__device__ __forceinline__ void add_sums(const std::int32_t (&sums)[2], int num_planes, std::int32_t* totals) {
-#pragma unroll
-  for (int plane = 0; plane < 2; ++plane) {
-    if (plane == num_planes) break;
-    const std::int32_t sum = __reduce_add_sync(0xffffffffu, sums[plane]);
-    if ((threadIdx.x & 31) == 0) atomicAdd(totals + plane, sum);
-  }
+// `warps`: shared memory, as many words as the block has warps.
+__device__ __forceinline__ std::uint32_t largest_of_block(std::uint32_t largest, std::uint32_t* warps, int num_threads) {
+  return largest_of_threads(largest, threadIdx.x, num_threads, warps, [] { __syncthreads(); });
 }
 
 // Blocks of a multiprocessor, at least: that is, registers of a thread.
@@ -101,7 +88,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks(kEights))
     if constexpr (kRotated) rotate_in_warp(v[e], bits[e], lane, p.tokens.rotation.factors[0]);
     raise(magnitude, v[e]);
   }
-  std::uint32_t largest = largest_of_block(__float_as_uint(magnitude), warp_largest, kThreads / 32);
+  std::uint32_t largest = largest_of_block(__float_as_uint(magnitude), warp_largest, kThreads);
   if constexpr (kShared) largest = exchange.largest_of_cluster(largest, cluster_size, rank);
   const TokenScale scale(largest, num_planes, p.tokens.scale_constant);
   std::int32_t sums[2] = {};
@@ -143,7 +130,7 @@ __global__ void __launch_bounds__(kThreads) quantize_steps_kernel(const __grid_c
       widen_eight<kType>(x + 8 * (kStepGroups * step + g), *reinterpret_cast<float (*)[8]>(v + 8 * g));
   if constexpr (kRotated) rotate_in_warp(v, bits, lane, p.tokens.rotation.factors[0]);
   raise(magnitude, v);
-  const std::uint32_t largest = largest_of_block(__float_as_uint(magnitude), warp_largest, static_cast<int>(blockDim.x) / 32);
+  const std::uint32_t largest = largest_of_block(__float_as_uint(magnitude), warp_largest, static_cast<int>(blockDim.x));
   const TokenScale scale(largest, num_planes, p.tokens.scale_constant);
   std::int32_t sums[2] = {};
   if (step < kSteps * p.out.num_chunks) {    // zeros from num_groups on
@@ -187,7 +174,7 @@ __global__ void __launch_bounds__(kThreads, kMostBlocks) quantize_twice_kernel(c
   if (threadIdx.x < 2) totals[threadIdx.x] = 0;
   if (!p.waits_last) wait_for_dependencies();
   const std::uint32_t largest =
-      largest_of_block(largest_magnitude<kRotated, kThreads>(num_groups, rotated, read), warp_largest, kThreads / 32);
+      largest_of_block(largest_magnitude<kRotated, kThreads>(num_groups, rotated, read), warp_largest, kThreads);
   const TokenScale scale(largest, num_planes, p.tokens.scale_constant);
   std::int32_t sums[2] = {};
   quantize_columns<kRotated, kThreads>(

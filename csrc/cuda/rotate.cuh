@@ -10,6 +10,7 @@
 #include "butterflies.cuh"
 #include "element.cuh"
 #include "linear.h"
+#include "quantize.cuh"
 
 namespace pvq::cuda {
 
@@ -225,29 +226,20 @@ __device__ __forceinline__ float quantize_token(const Group& group, const float*
 #pragma unroll
     for (int i = 0; i < 4; ++i) largest = max(largest, __float_as_uint(from[i]) & 0x7fffffffu);
   }
-  largest = __reduce_max_sync(0xffffffffu, largest);
-  const int lane = group.thread & 31;
-  if (lane == 0) reduction.largest[group.thread >> 5] = largest;
   if (group.thread < 2) reduction.sums[group.thread] = 0;
-  group.sync();
-  largest = __reduce_max_sync(0xffffffffu, lane < group.size / 32 ? reduction.largest[lane] : 0u);
+  largest = largest_of_threads(largest, group.thread, group.size, reduction.largest, [&] { group.sync(); });
   const TokenScale scale(largest, num_planes, tokens.scale_constant);
-  std::int32_t sum = 0, low_sum = 0;
+  std::int32_t sums[2] = {};
 #pragma unroll 1
   for (int q = group.thread; q < padded / 4; q += group.size) {
     QuantizedQuad words{0, 0};
     if (q < quads) words = quantize_quad(y + float_slot(4 * q), scale, num_planes);
     store(0, q, words.high);
     if (num_planes == 2) store(1, q, words.low);
-    sum = __dp4a(static_cast<int>(words.high), 0x01010101, sum);
-    low_sum = __dp4a(static_cast<int>(words.low), 0x01010101, low_sum);
+    sums[0] = __dp4a(static_cast<int>(words.high), 0x01010101, sums[0]);
+    sums[1] = __dp4a(static_cast<int>(words.low), 0x01010101, sums[1]);
   }
-  sum = __reduce_add_sync(0xffffffffu, sum);
-  low_sum = __reduce_add_sync(0xffffffffu, low_sum);
-  if (lane == 0) {
-    atomicAdd(&reduction.sums[0], sum);
-    if (num_planes == 2) atomicAdd(&reduction.sums[1], low_sum);
-  }
+  add_sums(sums, num_planes, reduction.sums);
   return scale.token_scale;
 }
 

@@ -31,17 +31,16 @@ __global__ void PVQ_CLUSTER(kClusterSize) __launch_bounds__(kThreads, 2)
   extern __shared__ __align__(16) char memory[];
   __shared__ GroupSums reduction;
   __shared__ ClusterExchange exchange;
-  __shared__ std::int32_t totals[2];
   __shared__ alignas(16) float coefficients[kRows * kOrder];
   launch_dependents();
   const Group group{static_cast<int>(threadIdx.x), kThreads, 1};
   const int rank = blockIdx.x % kClusterSize, n = static_cast<int>(p.tokens.in_features), run = n / kOrder,
             quads = n / kClusterSize / 4;
   const std::int64_t token = blockIdx.x / kClusterSize;
-  const int num_planes = p.tokens.num_planes, lane = threadIdx.x & 31;
+  const int num_planes = p.tokens.num_planes;
   const Element<kType>* x = static_cast<const Element<kType>*>(p.tokens.x) + token * n;
   float* y = reinterpret_cast<float*>(memory);  // this block's quarter of the rotated token
-  if (threadIdx.x < 2) totals[threadIdx.x] = 0;
+  if (threadIdx.x < 2) reduction.sums[threadIdx.x] = 0;
   exchange.begin(kClusterSize, num_planes);
   if constexpr (kOrder == 1) {
     const int quarter = n / kClusterSize, part = quarter / kClusterSize;
@@ -91,13 +90,10 @@ __global__ void PVQ_CLUSTER(kClusterSize) __launch_bounds__(kThreads, 2)
   for (int q = threadIdx.x; q < quads; q += kThreads)
 #pragma unroll
     for (int i = 0; i < 4; ++i) largest = max(largest, __float_as_uint(y[float_slot(4 * q) + i]) & 0x7fffffffu);
-  largest = __reduce_max_sync(0xffffffffu, largest);
-  if (lane == 0) reduction.largest[threadIdx.x / 32] = largest;
-  group.sync();
-  largest = __reduce_max_sync(0xffffffffu, lane < kThreads / 32 ? reduction.largest[lane] : 0u);
+  largest = largest_of_threads(largest, group.thread, kThreads, reduction.largest, [&] { group.sync(); });
   largest = exchange.largest_of_cluster(largest, kClusterSize, rank);
   const TokenScale scale(largest, num_planes, p.tokens.scale_constant);
-  std::int32_t sum = 0, low_sum = 0;
+  std::int32_t sums[2] = {};
 #pragma unroll 1
   for (int q = threadIdx.x; q < quads; q += kThreads) {
     const QuantizedQuad words = quantize_quad(y + float_slot(4 * q), scale, num_planes);
@@ -107,23 +103,18 @@ __global__ void PVQ_CLUSTER(kClusterSize) __launch_bounds__(kThreads, 2)
     *reinterpret_cast<std::uint32_t*>(data + activation_offset(4 * quad, token * num_planes, p.out.padded_columns)) = words.high;
     if (num_planes == 2)
       *reinterpret_cast<std::uint32_t*>(data + activation_offset(4 * quad, 2 * token + 1, p.out.padded_columns)) = words.low;
-    sum = __dp4a(static_cast<int>(words.high), 0x01010101, sum);
-    low_sum = __dp4a(static_cast<int>(words.low), 0x01010101, low_sum);
+    sums[0] = __dp4a(static_cast<int>(words.high), 0x01010101, sums[0]);
+    sums[1] = __dp4a(static_cast<int>(words.low), 0x01010101, sums[1]);
   }
-  sum = __reduce_add_sync(0xffffffffu, sum);
-  low_sum = __reduce_add_sync(0xffffffffu, low_sum);
-  if (lane == 0) {
-    atomicAdd(totals, sum);
-    atomicAdd(totals + 1, low_sum);
-  }
+  add_sums(sums, num_planes, reduction.sums);
   group.sync();
-  exchange.add_sums(totals, kClusterSize, num_planes, rank);
+  exchange.add_sums(reduction.sums, kClusterSize, num_planes, rank);
   if constexpr (kOrder == 1) {  // long over, as the exchange shows; but compute-sanitizer does not see that
     __syncwarp();
     wait_cluster();
   }
   if (rank != 0) return;
-  if (threadIdx.x < num_planes) p.out.sums[token * num_planes + threadIdx.x] = totals[threadIdx.x];
+  if (threadIdx.x < num_planes) p.out.sums[token * num_planes + threadIdx.x] = reduction.sums[threadIdx.x];
   if (threadIdx.x == 0) p.out.token_scale[token] = scale.token_scale;
 #endif
 }
