@@ -99,11 +99,11 @@ struct FoundStep {
   uint2 gains[2];  // GainPair
 };
 __device__ __forceinline__ void find_joined(std::uint32_t code, const Tables& tables, FoundStep& found) {
-  found.digits[0] = shared_word((code & 0x7ffcu) | tables.digits);
-  found.digits[1] = shared_word(((code >> 13) & 0x7ffcu) | tables.digits);
   const std::uint32_t gains = __funnelshift_l(code, code, 4);
   found.gains[0] = shared_pair((gains << 3 & 0x38u) | tables.gains);
   found.gains[1] = shared_pair((gains & 0x38u) | tables.gains);
+  found.digits[0] = shared_word((code & 0x7ffcu) | tables.digits);
+  found.digits[1] = shared_word(((code >> 13) & 0x7ffcu) | tables.digits);
 }
 
 // kDigitBits of `digits`, the other bits of `other`: one instruction (of masks and an or, nvcc 13.0 makes two).
