@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(register_bound(kMaxWarps), 1) warp_tiles_kerne
   if (is_producer && lane == 0) {
     for (int slot = 0; slot < p.slots; ++slot) {
       init_barrier(full + 8 * slot, 1);
-      init_barrier(empty + 8 * slot, p.tiles);
+      init_barrier(empty + 8 * slot, 32 * p.tiles);
     }
     fence_barrier_init();
   }
@@ -162,8 +162,7 @@ __global__ void __launch_bounds__(register_bound(kMaxWarps), 1) warp_tiles_kerne
           }
         }
       }
-      __syncwarp();
-      if (lane == 0) arrive(empty + 8 * slot);
+      arrive(empty + 8 * slot);  // all lanes, which costs as much as one for all of them
       slot += p.shares;
       while (slot >= p.slots) {
         slot -= p.slots;
