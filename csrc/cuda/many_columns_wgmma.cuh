@@ -212,9 +212,9 @@ __device__ __forceinline__ void multiply_tiles(const WgmmaArguments& p, const Wg
     }
   };
   std::uint32_t a[2][kSteps][4];  // of the chunk that is multiplied, and of the next one
+  // From the last step on (and find_joined reads gains before digits): what the compiler makes of that is 2 to 4% faster for
+  // pairs of CTAs with 256 columns.
   const auto expand = [&](int i) {
-    // From the last step on, gains looked up before digits: the instructions that the compiler then arranges are 3 to 4% faster
-    // for pairs of CTAs with 256 columns.
 #pragma unroll
     for (int step = kSteps - 1; step >= 0; --step) (kLooksUp ? looked_up : packed[i]).expand(step, found[step], a[i][step]);
     if constexpr (!kLooksUp) refill(i);
