@@ -64,7 +64,7 @@ def _signs(bits: tuple[int, ...], device: int) -> torch.Tensor:
 
 
 class OnDevice(NamedTuple):
-    """A plan on a GPU."""
+    """A plan on a GPU whose kernels are loaded there."""
 
     layer: _C.cuda.CudaPlan
     constants: _C.cuda.Constants  # addresses of the tensors that _table and _signs keep
@@ -77,6 +77,7 @@ def on_device(text: str, device: int) -> OnDevice:
     used = {codebook for codebook, *_ in layer.segments}
     tables = [table_address(codebook, device) if codebook in used else 0 for codebook in range(INT8_ID + 1)]
     signs = _signs(tuple(layer.sign_bits), device).data_ptr() if layer.sign_bits else 0
+    _C.cuda.prepare(layer, device)
     return OnDevice(layer, _C.cuda.Constants(tables, signs), counters(device))
 
 

@@ -278,6 +278,17 @@ void bind(py::module_ m) {
       },
       Release());
   m.def("linear", &linear_at, Release());
+  m.def(
+      "prepare",
+      [](const CudaPlan& plan, int device) {
+        const DeviceScope scope(device);
+        prepare(plan);
+      },
+      Release());
+  m.def("num_prepared", [](int device) {  // kernels; for tests
+    const DeviceScope scope(device);
+    return num_allowed();
+  });
   m.def("quantize_activations", &quantize_at, Release());
   bind_encoder(m);
   bind_decoder(m);

@@ -98,6 +98,7 @@ struct FoundStep {
   std::uint32_t digits[2];
   uint2 gains[2];  // GainPair
 };
+// Gains before digits: in this order the compiler makes faster code of many_columns_wgmma.cuh.
 __device__ __forceinline__ void find_joined(std::uint32_t code, const Tables& tables, FoundStep& found) {
   const std::uint32_t gains = __funnelshift_l(code, code, 4);
   found.gains[0] = shared_pair((gains << 3 & 0x38u) | tables.gains);

@@ -37,12 +37,30 @@ const DeviceProperties& device_properties() {
   return properties[static_cast<std::size_t>(device)];
 }
 
+namespace {
+
+struct Allowed {
+  std::mutex mutex;
+  std::array<std::unordered_set<const void*>, kMaxDevices> kernels;
+};
+Allowed& allowed() {
+  static Allowed all;
+  return all;
+}
+
+}  // namespace
+
+thread_local bool Preparation::active_ = false;
+
+std::int64_t num_allowed() {
+  const std::lock_guard lock(allowed().mutex);
+  return static_cast<std::int64_t>(allowed().kernels[static_cast<std::size_t>(current_device())].size());
+}
+
 void allow_shared_memory(const void* kernel) {
-  static std::array<std::unordered_set<const void*>, kMaxDevices> done;
-  static std::mutex mutex;
   const int device = current_device();
-  const std::lock_guard lock(mutex);
-  std::unordered_set<const void*>& kernels = done[static_cast<std::size_t>(device)];
+  const std::lock_guard lock(allowed().mutex);
+  std::unordered_set<const void*>& kernels = allowed().kernels[static_cast<std::size_t>(device)];
   if (kernels.count(kernel) != 0) return;
   cudaFuncAttributes attributes{};
   check(cudaFuncGetAttributes(&attributes, kernel), "attributes of a kernel");

@@ -12,6 +12,8 @@ namespace {
 
 constexpr std::int64_t kMmaColumns = 32;  // up to here mma.sync is faster than wgmma, which wants 64 columns or more
 
+constexpr std::int64_t kMostPreparedTokens = 65536;
+
 enum class Choice { kAuto, kFew, kTiles, kMma, kWgmma, kPrefill };
 
 Choice choice() {
@@ -130,6 +132,17 @@ void linear(const CudaPlan& plan, const Constants& constants, const Call& call) 
       prefill(a, weight, output, expanded, expands_first, call.stream);
     else
       multiply(chosen, a, weight, output, scratch, call.stream);
+  }
+}
+
+void prepare(const CudaPlan& plan) {
+  const Preparation preparation;
+  Call call{};
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat16, DType::kFloat32}) {
+    call.dtype = dtype;
+    // From some hundred tokens on the choice changes seldom.
+    for (call.num_tokens = 1; call.num_tokens <= kMostPreparedTokens; call.num_tokens += 1 + call.num_tokens / 256)
+      linear(plan, Constants{}, call);
   }
 }
 

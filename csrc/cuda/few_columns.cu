@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(register_bound(kId, kColumnTiles), 1) few_colu
       }
     }
   };
-  const auto add_sums = [&] {
+  const auto add_tile_sums = [&] {
 #pragma unroll
     for (int c = 0; c < kColumnTiles; ++c) {
       add_fragment(sums, p.sum_stride, tile * kTileRows, 8 * c, p.num_columns, lane, tile_sums[c]);
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(register_bound(kId, kColumnTiles), 1) few_colu
   const auto next_chunk = [&] {
     columns_now += kStride * chunk_stride;
     if (--left > 0) return;
-    add_sums();
+    add_tile_sums();
     ++tile;
     if constexpr (kInTurn) {
       for (chunk += tile_items * kStride - num_chunks; chunk >= num_chunks; chunk -= num_chunks) ++tile;

@@ -9,6 +9,7 @@
 #include "linear.h"
 #include "mma.cuh"
 #include "quantize.cuh"
+#include "reduction.cuh"
 
 namespace pvq::cuda {
 

@@ -52,6 +52,20 @@ __device__ __forceinline__ void wait_for_dependencies() {
 // Lets `kernel` take as much shared memory as there is. All kernels ask for the largest share of the first-level cache: with
 // shares of different sizes the blocks of two kernels cannot be on one multiprocessor at the same time.
 void allow_shared_memory(const void* kernel);
+std::int64_t num_allowed();  // kernels of the current device that have been
+
+// While there is one, what this thread would launch is made ready instead: code is loaded, attributes are set.
+class Preparation {
+ public:
+  Preparation() { active_ = true; }
+  ~Preparation() { active_ = false; }
+  Preparation(const Preparation&) = delete;
+  Preparation& operator=(const Preparation&) = delete;
+  static bool active() { return active_; }
+
+ private:
+  static thread_local bool active_;
+};
 
 // `kernel` must call wait_for_dependencies(). overlap: let it start before the kernel in front of it has ended. cluster: its
 // size, of a kernel that does not say it itself.
@@ -59,6 +73,7 @@ template <typename... Parameters, typename... Arguments>
 void launch_clusters(int cluster, bool overlap, void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes,
                      cudaStream_t stream, Arguments&&... arguments) {
   allow_shared_memory(reinterpret_cast<const void*>(kernel));
+  if (Preparation::active()) return;
   cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config{};
   config.gridDim = grid;

@@ -8,6 +8,7 @@
 #include "launch.h"
 #include "linear.h"
 #include "quantize.cuh"
+#include "reduction.cuh"
 
 namespace pvq::cuda {
 namespace {

@@ -51,27 +51,6 @@ __device__ __forceinline__ void quantize_eight(const float (&v)[8], const TokenS
   }
 }
 
-// Of all values of `num_threads` threads, whole warps; `warps`: shared memory, a word for each warp. sync() is their barrier.
-template <typename Sync>
-__device__ __forceinline__ std::uint32_t largest_of_threads(std::uint32_t value, int thread, int num_threads,
-                                                            std::uint32_t* warps, const Sync& sync) {
-  const int lane = thread & 31;
-  value = __reduce_max_sync(0xffffffffu, value);
-  if (lane == 0) warps[thread >> 5] = value;
-  sync();
-  return __reduce_max_sync(0xffffffffu, lane < num_threads / 32 ? warps[lane] : 0u);
-}
-
-// The sums of all planes to `totals`, in shared memory. By whole warps.
-__device__ __forceinline__ void add_sums(const std::int32_t (&sums)[2], int num_planes, std::int32_t* totals) {
-#pragma unroll
-  for (int plane = 0; plane < 2; ++plane) {
-    if (plane == num_planes) break;
-    const std::int32_t sum = __reduce_add_sync(0xffffffffu, sums[plane]);
-    if ((threadIdx.x & 31) == 0) atomicAdd(totals + plane, sum);
-  }
-}
-
 // Bits of the largest magnitude among this thread's columns, rotated if kRotated. read(group, v) reads eight columns of the
 // token. Called by whole warps.
 template <bool kRotated, int kThreads, typename Read>

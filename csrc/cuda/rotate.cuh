@@ -10,18 +10,13 @@
 #include "butterflies.cuh"
 #include "element.cuh"
 #include "linear.h"
-#include "quantize.cuh"
+#include "reduction.cuh"
 
 namespace pvq::cuda {
 
 // The token as floats in shared memory. A gap after every 32 keeps power-of-two strides off one bank.
 __host__ __device__ constexpr int float_slot(int i) { return i + (i >> 5); }
 __host__ __device__ constexpr std::int64_t float_buffer_bytes(std::int64_t n) { return (n + n / 32 + 4) / 4 * 16; }
-
-struct GroupSums {  // shared memory of the reductions over a group
-  std::uint32_t largest[32];
-  std::int32_t sums[2];
-};
 
 struct Group {                // of threads, whole warps
   int thread, size, barrier;  // barrier: the number of a named barrier

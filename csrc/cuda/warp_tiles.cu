@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(register_bound(kMaxWarps), 1) warp_tiles_kerne
           }
         }
       }
-      arrive(empty + 8 * slot);  // all lanes, which costs as much as one for all of them
+      arrive(empty + 8 * slot);  // every lane: no slower than one for its warp, and compute-sanitizer sees the order
       slot += p.shares;
       while (slot >= p.slots) {
         slot -= p.slots;
