@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables, signs and counters of a GPU under threads, streams and captured graphs."""
+"""Tables, signs, counters and kernels of a GPU under threads, streams and captured graphs."""
 
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -113,3 +116,34 @@ def test_the_number_of_a_capture(kit):
     before, first, between, second, after = numbers
     assert before is None and between is None and after is None and None not in (first, second)
     assert first != second
+
+
+CALLS = """
+import sys
+import torch
+sys.path.insert(0, sys.argv[1])
+from conftest import build_layer, random_tokens
+from pvq_vllm import _C, ops
+
+for mode in ("a8", "a16", "pvq:16,58"):
+    for blocks in (0, 1, 16):
+        layer = build_layer([("pvq4", 96), ("pvq2", 400)], 2048, mode, blocks)
+        ready = _C.cuda.num_prepared(0)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for tokens in [*range(1, 34), 48, 64, 65, 100, 129, 200, 257, 450, 600, 900, 1500, 2100]:
+                ops.linear(random_tokens(tokens, 2048, dtype).cuda(), layer.on_gpu, None, layer.rows, layer.plan)
+        print(ready, _C.cuda.num_prepared(0))
+"""
+
+
+@pytest.mark.cuda
+def test_no_call_makes_a_kernel_ready():
+    """What a call would load or set could be in a capture: packing has done it, for any number of tokens and any type."""
+    folder = str(Path(__file__).parent)
+    result = subprocess.run(
+        [sys.executable, "-c", CALLS, folder], capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    counts = [[int(n) for n in line.split()] for line in result.stdout.splitlines()]
+    assert len(counts) == 9 and all(before == after > 0 for before, after in counts)
+    assert counts[-1][0] > counts[0][0]
