@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear layers on a GPU: packed PVQ weights beside cuBLAS fp16, vLLM's Marlin and Machete int4, fp8 and int8, in one run.
+"""Linear layers on a GPU: packed PVQ weights beside cuBLAS fp16 and vLLM's Marlin and Machete int4, fp8 and int8, in one run.
 
     python benchmarks/bench_linear_cuda.py [--codebooks pvq4,pvq3] [--activations a8,a16] [--check] [--markdown FILE]
 
@@ -7,10 +7,10 @@ Every contender is timed in the same way: a CUDA graph of calls that cycle throu
 left in the L2 cache, some replays after the GPU has rested for --rest seconds, twice; the median. A rest, because a GPU at its
 limit of power lowers its clock, and late, after some tenths of a second: contenders that run in turn without a break (--rest 0)
 are each measured at a clock that the ones before have earned. --settle: to be measured under a load of its own. All get the
-same fp16 activations; PVQ rotates and quantizes them (--rotations), fp8 quantizes them per token, within the measured time.
-int_mm is torch._int_mm alone, without quantization and scales, and so no layer: it is left out of "best". Ratios are the
-contender's time over ours. TB/s counts the packed weight; "of copy" is its share of a measured device-to-device copy, read and
-write counted. Weights are random: Gaussian for the codes, arbitrary bits for int4, whose speed does not depend on them.
+same fp16 activations; PVQ rotates and quantizes them (--rotations), fp8 and int8 (CUTLASS, a scale for each token and each row)
+quantize them, within the measured time. Ratios are the contender's time over ours. TB/s counts the packed weight; "of copy" is
+its share of a measured device-to-device copy, read and write counted. Weights are random: Gaussian for the codes and for 8 bits,
+arbitrary bits for int4, whose speed does not depend on them.
 """
 
 from __future__ import annotations
@@ -107,8 +107,6 @@ def measure(
     """Median seconds of a call of each contender that can run; the others leave a note."""
     prepared: dict[str, Prepared] = {}
     for name, contestant in contenders.items():
-        if name == "int_mm" and len(x) <= 16:
-            continue  # torch's own limit
         try:
             prepared[name] = prepare(contestant.calls, x)
         except Exception as error:
@@ -175,10 +173,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--codebooks", default="pvq4,pvq3", help="pvq4, pvq3, pvq2, int8 (default: %(default)s)"
     )
-    parser.add_argument("--activations", default="a8", help="a8, a16 or both (default: %(default)s)")
+    parser.add_argument("--activations", default="a8,a16", help="a8, a16 or both (default: %(default)s)")
     parser.add_argument(
         "--rotations",
-        default="online,residual",
+        default="block:128,residual:128",
         help="online: of every input; residual: only of the MLPs' inner activations; block:N and residual:N: the same in "
         "blocks of at most N columns (default: %(default)s)",
     )
@@ -213,6 +211,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             f"--rotations: unknown {', '.join(unknown)}; known are online, residual, block:N, residual:N"
         )
     options.without = set(filter(None, options.without.split(",")))
+    if unknown := sorted(options.without - set(OTHERS)):
+        parser.error(f"--without: unknown {', '.join(unknown)}; known are {', '.join(OTHERS)}")
     return options
 
 

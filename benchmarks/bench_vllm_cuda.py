@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokens per second inside vLLM on a GPU, dummy weights in the shape of an 8B Llama: fp16, int4, fp8 and PVQ in one run.
 
-    python benchmarks/bench_vllm_cuda.py [--models fp16,int4,fp8,pvq4,pvq3] [--profile] [--json FILE] [--markdown FILE]
+    python benchmarks/bench_vllm_cuda.py [--models pvq4-block128,int4] [--profile] [--json FILE] [--markdown FILE]
 
 Each model runs in a process of its own, with torch.compile and CUDA graphs. int4 is compressed-tensors W4A16 in groups of 128
 (Machete on Hopper), fp8 is compressed-tensors W8A8 with per-token activations; both get random weights, because vLLM's dummy
 loader leaves them as zeros or whatever was in memory. lm_head and embedding are fp16 in all models (--pvq-head int8 for ours).
-PVQ models rotate every input over its whole width at run time, or what a suffix says: pvq4-block128 does so in blocks of 128
-columns, pvq4-residual rotates the MLP's inner activation alone and pvq4-residual128 that in blocks (vllm_models.py).
+PVQ models rotate at run time what their suffix says: pvq4-block128 every input in blocks of 128 columns, as `pvq quantize` does by
+default, pvq4 over its whole width, pvq4-residual the MLP's inner activation alone, pvq4-residual128 that in blocks (vllm_models.py).
 Decode: greedy tokens per second of all sequences together, the prefill subtracted. Prefill: prompt tokens per second of
 --prefill COUNTxLENGTH prompts with one token out. The best of --rounds counts. --profile adds what the time per step consists of.
 """
@@ -28,7 +28,7 @@ from vllm_report import report, summary
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKER = Path(__file__).resolve().with_name("vllm_worker.py")
-MODELS = "fp16,int4,fp8,pvq4,pvq3"
+MODELS = "pvq4-block128,int4,fp16,fp8,pvq3-block128"
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",

@@ -144,24 +144,6 @@ def make_fp16(out_features: int, in_features: int) -> Contender:
     return contender(2 * out_features * in_features, make_call)
 
 
-def make_int_mm(out_features: int, in_features: int) -> Contender:
-    quantized: dict[int, torch.Tensor] = {}
-
-    def make_call():
-        weight = torch.randint(
-            -127, 128, (out_features, in_features), dtype=torch.int8, device="cuda"
-        ).t()  # column-major, as cuBLAS wants it
-
-        def call(x):
-            if len(x) not in quantized:  # made in the first call, which is not captured
-                quantized[len(x)] = torch.randint(-127, 128, x.shape, dtype=torch.int8, device="cuda")
-            return torch._int_mm(quantized[len(x)], weight)
-
-        return call
-
-    return contender(out_features * in_features, make_call)
-
-
 def int4_scales(out_features: int, in_features: int) -> torch.Tensor:
     shape = (in_features // INT4_GROUP, out_features)
     return torch.empty(shape, device="cuda").uniform_(0.5e-3, 1.5e-3).half()
@@ -227,19 +209,27 @@ def make_machete(out_features: int, in_features: int) -> Contender:
     return contender(out_features * in_features // 2, make_call)
 
 
-def make_fp8(out_features: int, in_features: int) -> Contender:
+def make_8_bits(out_features: int, in_features: int, dtype: torch.dtype) -> Contender:
+    """vLLM's cutlass_scaled_mm, a scale for each row of the weight and for each token."""
     from vllm import _custom_ops as vllm_ops
 
+    def quantize(x):
+        if dtype == torch.int8:
+            return vllm_ops.scaled_int8_quant(x)[:2]
+        return vllm_ops.scaled_fp8_quant(x, use_per_token_if_dynamic=True)
+
+    largest, spread = (127, 32) if dtype == torch.int8 else (448, 100)
+
     def make_call():
-        weight = torch.empty((out_features, in_features), dtype=torch.float8_e4m3fn, device="cuda")
+        weight = torch.empty((out_features, in_features), dtype=dtype, device="cuda")
         for part in weight.split(max(1, (1 << 26) // in_features)):
-            gaussian = torch.randn(part.shape, dtype=torch.float16, device="cuda").mul_(100)
-            part.copy_(gaussian.clamp_(-448, 448))
+            gaussian = torch.randn(part.shape, dtype=torch.float16, device="cuda").mul_(spread)
+            part.copy_(gaussian.clamp_(-largest, largest))
         weight = weight.t()
         weight_scale = torch.empty((out_features, 1), device="cuda").uniform_(0.5e-3, 1.5e-3)
 
         def call(x):
-            quantized, scale = vllm_ops.scaled_fp8_quant(x, use_per_token_if_dynamic=True)
+            quantized, scale = quantize(x)
             return vllm_ops.cutlass_scaled_mm(
                 quantized, weight, scale_a=scale, scale_b=weight_scale, out_dtype=x.dtype
             )
@@ -249,10 +239,18 @@ def make_fp8(out_features: int, in_features: int) -> Contender:
     return contender(out_features * in_features, make_call)
 
 
+def make_fp8(out_features: int, in_features: int) -> Contender:
+    return make_8_bits(out_features, in_features, torch.float8_e4m3fn)
+
+
+def make_int8(out_features: int, in_features: int) -> Contender:
+    return make_8_bits(out_features, in_features, torch.int8)
+
+
 MAKERS = {
     "fp16": make_fp16,
     "marlin": make_marlin,
     "machete": make_machete,
     "fp8": make_fp8,
-    "int_mm": make_int_mm,
+    "int8": make_int8,
 }

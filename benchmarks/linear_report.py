@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import statistics
 
-OTHERS = ("fp16", "marlin", "machete", "fp8", "int_mm")
+OTHERS = ("fp16", "marlin", "machete", "fp8", "int8")
 
 
 def markdown_table(headers: list[str], rows: list[list[str]], text_columns: int = 0) -> str:
@@ -28,12 +28,12 @@ def number(value: float | None, digits: int) -> str:
 
 
 def ratios(seconds: dict[str, float], name: str) -> dict[str, float]:
-    """Time of each contender over that of `name`; "int4" is the better of Marlin and Machete, "best" of all layers."""
+    """Time of each contender over that of `name`; "int4" is the better of Marlin and Machete, "best" of all."""
     ours = seconds[name]
     found = {other: seconds[other] / ours for other in OTHERS if other in seconds}
     for group, members in {
         "int4": ("marlin", "machete"),
-        "best": ("fp16", "marlin", "machete", "fp8"),
+        "best": OTHERS,
     }.items():
         if known := [found[member] for member in members if member in found]:
             found[group] = min(known)
@@ -67,7 +67,7 @@ def report(cases: list[dict], names: list[str], bandwidth: float) -> str:
                 ]
             )
         headers = ["out x in", "tokens", "us", "TB/s", "of copy", "TOPS", *columns]
-        parts += [f"{name}: time of the others over ours (int4: the better one; best: of all layers):", ""]
+        parts += [f"{name}: time of the others over ours (int4: the better one; best: of all):", ""]
         parts += [markdown_table(headers, rows), "", f"{name}: geometric mean over the shapes (worst):", ""]
         rows = []
         for tokens in sorted({case["tokens"] for case in known}):

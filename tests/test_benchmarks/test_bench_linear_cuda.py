@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rotations that benchmarks/bench_linear_cuda.py compares."""
+"""What benchmarks/bench_linear_cuda.py compares: its rotations, its arguments."""
 
 import importlib
 from pathlib import Path
@@ -26,12 +26,15 @@ def test_blocks_and_factors(rotation, wide, tall):
     assert rotation_of(rotation, 28672, 4096) == tall
 
 
-def test_rotations_are_checked_before_the_run(monkeypatch, capsys):
+def test_names_are_checked_before_the_run(monkeypatch, capsys):
     monkeypatch.syspath_prepend(BENCHMARKS)
     bench = importlib.import_module("bench_linear_cuda")
-    assert bench.parse([]).rotations == ["online", "residual"]
+    assert bench.parse([]).rotations == ["block:128", "residual:128"]
     assert bench.parse(["--rotations", "residual:128,block:64"]).rotations == ["residual:128", "block:64"]
     for unknown in ("resdiual", "block", "block:", "online:128", "residual:x"):
         with pytest.raises(SystemExit):
             bench.parse(["--rotations", unknown])
         assert f"--rotations: unknown {unknown};" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        bench.parse(["--without", "fp8,fp9"])
+    assert "--without: unknown fp9; known are" in capsys.readouterr().err
