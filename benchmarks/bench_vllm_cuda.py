@@ -6,8 +6,8 @@
 Each model runs in a process of its own, with torch.compile and CUDA graphs. int4 is compressed-tensors W4A16 in groups of 128
 (Machete on Hopper), fp8 is compressed-tensors W8A8 with per-token activations; both get random weights, because vLLM's dummy
 loader leaves them as zeros or whatever was in memory. lm_head and embedding are fp16 in all models (--pvq-head int8 for ours).
-PVQ models rotate at run time what their suffix says: pvq4-block128 every input in blocks of 128 columns, as `pvq quantize` does by
-default, pvq4 over its whole width, pvq4-residual the MLP's inner activation alone, pvq4-residual128 that in blocks (vllm_models.py).
+PVQ models rotate at run time what their suffix says: pvq4-block128 every input in blocks of 128 columns, as `pvq quantize` does
+by default, pvq4 over its whole width, pvq4-residual the MLP's inner activation alone, pvq4-residual128 that in blocks.
 Decode: greedy tokens per second of all sequences together, the prefill subtracted. Prefill: prompt tokens per second of
 --prefill COUNTxLENGTH prompts with one token out. The best of --rounds counts. --profile adds what the time per step consists of.
 """
