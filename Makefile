@@ -6,6 +6,7 @@
 #   MODEL      what make serve serves, a folder; SERVE_FLAGS: its flags, of pvq serve and of vLLM
 #   SOAK_ARGS  more arguments for make soak, such as "--minutes 5"
 #   TESTS      what make test runs, such as tests/test_codec or "-m 'not vllm'"
+#   SANITIZER  the program of make sanitize, with its path if need be; PYTHON is one there that has torch for CUDA and this project
 #   CUDA_ARCHITECTURES  the GPUs to compile for where there is an nvcc: native (those of this machine), "80-real;90a-real", ...
 
 PYTHON ?= python3
@@ -16,6 +17,7 @@ SOAK_ARGS ?=
 MODEL ?= build/demo/pvq
 SERVE_FLAGS ?= --max-model-len 2048 --enforce-eager
 CUDA_ARCHITECTURES ?= native
+SANITIZER ?= compute-sanitizer
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --root-user-action=ignore $(PIP_ARGS)
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(wildcard csrc/*.* csrc/*/*.*)
@@ -23,7 +25,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(wildcard csrc/*.*
 export PATH := $(abspath $(BIN)):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo serve test test-page test-parallel test-clients soak lint format setup cuda-all check-programs clean
+.PHONY: help demo serve test test-page test-parallel test-clients soak lint format setup cuda-all sanitize check-programs clean
 
 help:
 	@echo 'make demo    quantize a real model, serve it with vLLM, ask it, put load on it (build/demo/report.json)'
@@ -36,6 +38,7 @@ help:
 	@echo 'make lint    ruff and, where it is installed, clang-format; make format applies them'
 	@echo 'make setup   only .venv, the pinned packages and the compiled module'
 	@echo 'make cuda-all   compile the CUDA kernels for every kind of GPU (build/cuda-all), for a release; takes minutes'
+	@echo 'make sanitize   small cases of every CUDA kernel under compute-sanitizer: memcheck, racecheck, synccheck; needs a GPU'
 	@echo 'make clean   remove build/ and .venv'
 
 demo: $(VENV)/.project
@@ -86,6 +89,10 @@ cuda-all: $(VENV)/.requirements
 	cmake -S . -B build/cuda-all -G Ninja -DPVQ_CUDA=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
 	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
 	cmake --build build/cuda-all
+
+sanitize:
+	@for tool in memcheck racecheck synccheck; do echo $$tool; \
+	  $(SANITIZER) --tool $$tool --error-exitcode 1 $(PYTHON) tests/test_cuda/sanitizer_cases.py || exit 1; done
 
 check-programs:
 	@for program in g++ cmake make; do command -v $$program >/dev/null || { \

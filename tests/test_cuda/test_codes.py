@@ -113,7 +113,17 @@ def kit_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize(
-    "group_size, num_pulses, bits", [(16, 24, 4), (32, 12, 0), (8, 40, 2), (64, 64, 6), (128, 96, 4)]
+    "group_size, num_pulses, bits",
+    [
+        (16, 24, 4),
+        (32, 12, 0),
+        (8, 40, 2),
+        (64, 64, 6),
+        (128, 96, 4),
+        (512, 1500, 0),
+        (1000, 700, 3),
+        (1024, 4096, 4),
+    ],
 )
 @pytest.mark.parametrize("rows, groups", [(1, 1), (37, 6)])
 def test_canonical_rows_equal_those_of_the_cpu(group_size, num_pulses, bits, rows, groups):
