@@ -1,18 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CUDA runtime as csrc/cuda/device.cpp sees it, for the GPU and the code of the command line: capability, PTX version.
-#include <cuda_runtime.h>
+#include "fake_runtime.h"
 
-#include <cstdio>
-#include <cstdlib>
-#include <stdexcept>
-
-#include "launch.h"
-
-namespace {
-
-int capability = 0, ptx_version = 0, failures = 0, settings = 0;
-
-}  // namespace
+FakeDevice fake_device;
 
 extern "C" {
 
@@ -21,42 +10,65 @@ cudaError_t CUDARTAPI cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 
+cudaError_t CUDARTAPI cudaSetDevice(int) { return cudaSuccess; }
+
 cudaError_t CUDARTAPI cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrComputeCapabilityMajor   ? capability / 10
-           : attribute == cudaDevAttrComputeCapabilityMinor ? capability % 10
-                                                            : 1000;
+  *value = attribute == cudaDevAttrComputeCapabilityMajor         ? fake_device.capability / 10
+           : attribute == cudaDevAttrComputeCapabilityMinor       ? fake_device.capability % 10
+           : attribute == cudaDevAttrMultiProcessorCount          ? fake_device.num_sms
+           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? fake_device.max_shared_bytes
+                                                                  : 0;
   return cudaSuccess;
 }
 
 cudaError_t CUDARTAPI cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
   *attributes = {};
-  attributes->ptxVersion = ptx_version;
+  attributes->ptxVersion = fake_device.ptx_version;
   return cudaSuccess;
 }
 
 cudaError_t CUDARTAPI cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) {
-  if (failures-- > 0) return cudaErrorMemoryAllocation;
-  ++settings;
+  if (fake_device.failures-- > 0) return cudaErrorMemoryAllocation;
+  ++fake_device.settings;
+  return cudaSuccess;
+}
+
+// Groups of 16 or 18 multiprocessors share a cluster.
+cudaError_t CUDARTAPI cudaOccupancyMaxActiveClusters(int* clusters, const void*, const cudaLaunchConfig_t* config) {
+  const int size = static_cast<int>(config->attrs[0].val.clusterDim.x);
+  *clusters = fake_device.num_sms / 18 * (18 / size);
+  return cudaSuccess;
+}
+
+cudaError_t CUDARTAPI cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void*, void**) {
+  fake_device.on_launch(*config);
   return cudaSuccess;
 }
 
 const char* CUDARTAPI cudaGetErrorString(cudaError_t) { return "no memory"; }
+cudaError_t CUDARTAPI cudaGetLastError() { return cudaSuccess; }
+
+// Of describe_device() and of the kernels' host code, which no check calls.
+cudaError_t CUDARTAPI cudaRuntimeGetVersion(int*) { return cudaErrorNotSupported; }
+cudaError_t CUDARTAPI cudaDriverGetVersion(int*) { return cudaErrorNotSupported; }
+cudaError_t CUDARTAPI cudaGetDeviceProperties(cudaDeviceProp*, int) { return cudaErrorNotSupported; }
+cudaError_t CUDARTAPI cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t) { return cudaErrorNotSupported; }
+cudaError_t CUDARTAPI cudaMemcpyAsync(void*, const void*, size_t, cudaMemcpyKind, cudaStream_t) { return cudaErrorNotSupported; }
+cudaError_t CUDARTAPI cudaStreamSynchronize(cudaStream_t) { return cudaErrorNotSupported; }
+
+// What nvcc's host code calls when a program starts, and in place of cudaLaunchKernel.
+void** __cudaRegisterFatBinary(void*) {
+  static void* handle = nullptr;
+  return &handle;
+}
+void __cudaRegisterFatBinaryEnd(void**) {}
+void __cudaUnregisterFatBinary(void**) {}
+void __cudaRegisterFunction(void**, const char*, char*, const char*, int, uint3*, uint3*, dim3*, dim3*, int*) {}
+void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
+char __cudaInitModule(void**) { return 0; }
+unsigned __cudaPushCallConfiguration(dim3, dim3, size_t, void*) { return 1; }
+cudaError_t __cudaPopCallConfiguration(dim3*, dim3*, size_t*, void*) { return cudaErrorNotSupported; }
+cudaError_t __cudaGetKernel(cudaKernel_t*, const void*) { return cudaErrorNotSupported; }
+cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t) { return cudaErrorNotSupported; }
 
 }  // extern "C"
-
-const void* pvq::cuda::probe_kernel() { return &capability; }
-
-int main(int, char** arguments) {
-  capability = std::atoi(arguments[1]);
-  ptx_version = std::atoi(arguments[2]);
-  const pvq::cuda::DeviceProperties& device = pvq::cuda::device_properties();
-  std::printf("%d %d\n", device.capability, device.has_wgmma ? 1 : 0);
-  failures = 1;
-  try {
-    pvq::cuda::allow_shared_memory(&settings);
-  } catch (const std::runtime_error& error) {
-    std::printf("%s\n", error.what());
-  }
-  for (int call = 0; call < 2; ++call) pvq::cuda::allow_shared_memory(&settings);
-  std::printf("%d\n", settings);
-}

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 @pytest.fixture(scope="module")
 def on_fake_runtime(tmp_path_factory):
-    """Return a function: (capability, PTX version) -> what fake_runtime.cpp prints."""
+    """Return a function: (capability, PTX version) -> what device_check.cpp prints."""
     toolkits = [Path("/usr/local/cuda")]
     if nvcc := shutil.which("nvcc"):
         toolkits.append(Path(nvcc).resolve().parent.parent)
@@ -27,7 +27,8 @@ def on_fake_runtime(tmp_path_factory):
     if include is None or shutil.which("g++") is None:
         pytest.skip("no headers of CUDA, or no g++")
     program = tmp_path_factory.mktemp("device") / "device"
-    sources = [ROOT / "csrc/cuda/device.cpp", Path(__file__).with_name("fake_runtime.cpp")]
+    here = Path(__file__).parent
+    sources = [ROOT / "csrc/cuda/device.cpp", here / "fake_runtime.cpp", here / "device_check.cpp"]
     flags = ["-std=c++17", "-DPVQ_WITH_WGMMA", f"-I{ROOT / 'csrc/cuda'}", f"-I{include}"]
     subprocess.run(["g++", *flags, *sources, "-o", program], check=True)
 
