@@ -109,12 +109,14 @@ target_compile_options(_C PRIVATE
   $<$<COMPILE_LANGUAGE:CUDA>:-O3 -fmad=false --expt-relaxed-constexpr
   -Xcompiler=-Wall,-Wno-unknown-pragmas,-fvisibility=hidden,-ffp-contract=off>)
 
-# For a test: the choice of kernels on GPUs that are made up, with a runtime that launches nothing (tests/test_cuda/dispatch_check.cpp).
-add_executable(dispatch_check EXCLUDE_FROM_ALL
-  tests/test_cuda/dispatch_check.cpp
-  tests/test_cuda/fake_runtime.cpp
-  $<FILTER:$<TARGET_OBJECTS:_C>,EXCLUDE,bindings|csrc/cpu|canonical_|causal>)
-set_target_properties(dispatch_check PROPERTIES CUDA_RUNTIME_LIBRARY None LINKER_LANGUAGE CXX)
-target_include_directories(dispatch_check PRIVATE csrc/cuda ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
+# For a test: the choice of kernels on GPUs that are made up, with a runtime that launches nothing.
+if(EXISTS ${PROJECT_SOURCE_DIR}/tests/test_cuda/dispatch_check.cpp)
+  add_executable(dispatch_check EXCLUDE_FROM_ALL
+    tests/test_cuda/dispatch_check.cpp
+    tests/test_cuda/fake_runtime.cpp
+    $<FILTER:$<TARGET_OBJECTS:_C>,EXCLUDE,bindings|csrc/cpu|canonical_|causal>)
+  set_target_properties(dispatch_check PROPERTIES CUDA_RUNTIME_LIBRARY None LINKER_LANGUAGE CXX)
+  target_include_directories(dispatch_check PRIVATE csrc/cuda ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
+endif()
 
 message(STATUS "PVQ: building for the CPU and for GPUs of architecture ${names} (nvcc ${CMAKE_CUDA_COMPILER_VERSION})")
