@@ -91,7 +91,7 @@ cuda-all: $(VENV)/.requirements
 	cmake --build build/cuda-all
 
 sanitize:
-	@for tool in memcheck racecheck synccheck; do echo $$tool; \
+	@for tool in memcheck racecheck synccheck; do echo $$tool; PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
 	  $(SANITIZER) --tool $$tool --error-exitcode 1 $(PYTHON) tests/test_cuda/sanitizer_cases.py || exit 1; done
 
 check-programs:

@@ -114,7 +114,7 @@ if(EXISTS ${PROJECT_SOURCE_DIR}/tests/test_cuda/dispatch_check.cpp)
   add_executable(dispatch_check EXCLUDE_FROM_ALL
     tests/test_cuda/dispatch_check.cpp
     tests/test_cuda/fake_runtime.cpp
-    $<FILTER:$<TARGET_OBJECTS:_C>,EXCLUDE,bindings|csrc/cpu|canonical_|causal>)
+    $<FILTER:$<TARGET_OBJECTS:_C>,EXCLUDE,/csrc/bindings|/csrc/cuda/bindings|/csrc/cpu/|/csrc/canonical_|/csrc/causal>)
   set_target_properties(dispatch_check PROPERTIES CUDA_RUNTIME_LIBRARY None LINKER_LANGUAGE CXX)
   target_include_directories(dispatch_check PRIVATE csrc/cuda ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
 endif()

@@ -77,7 +77,11 @@ def on_device(text: str, device: int) -> OnDevice:
     used = {codebook for codebook, *_ in layer.segments}
     tables = [table_address(codebook, device) if codebook in used else 0 for codebook in range(INT8_ID + 1)]
     signs = _signs(tuple(layer.sign_bits), device).data_ptr() if layer.sign_bits else 0
-    _C.cuda.prepare(layer, device)
+    with torch.cuda.device(device):  # not by _C: it would come back to a GPU that may have no context yet
+        try:
+            _C.cuda.prepare(layer, device)
+        except (RuntimeError, ValueError) as error:
+            raise PVQError(f"CUDA: {error}") from error
     return OnDevice(layer, _C.cuda.Constants(tables, signs), counters(device))
 
 

@@ -38,8 +38,8 @@ std::int64_t workspace_bytes(const CudaPlan& plan, std::int64_t num_tokens);
 // tiles, mma, wgmma or prefill; auto, or unset: the fastest.
 void linear(const CudaPlan& plan, const Constants& constants, const Call& call);
 
-// Makes the kernels ready that calls on the current device run, of any type and number of tokens: no call then loads code or sets
-// attributes, which may wait for the device.
+// Makes the kernels ready that calls on the current device run, of any type and up to 65536 tokens: no call then loads code or
+// sets attributes, which may wait for the device.
 void prepare(const CudaPlan& plan);
 
 // The first half alone: `call` needs x, dtype, num_tokens, workspace and stream; the result is in the workspace (layout.h).

@@ -108,6 +108,7 @@ def run_python(program: str, **settings: str) -> str:
 
 # Kernels of torch may have no PTX, so it only allocates and copies.
 QUANTIZE = """
+import numpy as np
 import torch
 from pvq_vllm import _C, cuda_constants, ops
 from pvq_vllm.codec.rotation import rotation_layout
@@ -119,7 +120,9 @@ scales = []
 for columns in (8192, 14336):
     blocks, factors = rotation_layout(columns)
     plan = ops.make_plan([("int8", 8)], columns, rotation_blocks=blocks, factors=factors)
-    layer, constants, _ = cuda_constants.on_device(plan, 0)
+    layer = cuda_constants.make_plan(plan)
+    signs = torch.from_numpy(np.array(layer.sign_bits, dtype=np.uint32).view(np.int32)).cuda()
+    constants = _C.cuda.Constants([0] * 4, signs.data_ptr())  # on_device() would have all kernels compiled
     at = layer.workspace_offsets(3)
     x = torch.randn(3, columns, generator=torch.Generator().manual_seed(0))
     on_gpu, workspace = x.cuda(), torch.empty(at["bytes"], dtype=torch.uint8).cuda()
