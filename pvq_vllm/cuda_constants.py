@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import contextmanager
 from functools import cache, wraps
 from typing import NamedTuple
 
@@ -21,6 +22,22 @@ from pvq_vllm.codec.errors import PVQError
 from pvq_vllm.codec.serving import INT8_ID
 
 _LOCK = threading.RLock()
+
+
+@contextmanager
+def on_gpu(index: int):
+    """For calls of the compiled module on GPU `index`: its errors, which are CUDA's or about a plan, become PVQError.
+
+    It would make that GPU the current one itself, and then go back. That makes a context of hundreds of MB on a GPU that has none
+    yet, where torch only remembers which one was current.
+    """
+    with torch.cuda.device(index):
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError) as error:
+            raise PVQError(f"CUDA: {error}") from error
 
 
 def _made_once(make: Callable) -> Callable:
@@ -77,11 +94,8 @@ def on_device(text: str, device: int) -> OnDevice:
     used = {codebook for codebook, *_ in layer.segments}
     tables = [table_address(codebook, device) if codebook in used else 0 for codebook in range(INT8_ID + 1)]
     signs = _signs(tuple(layer.sign_bits), device).data_ptr() if layer.sign_bits else 0
-    with torch.cuda.device(device):  # not by _C: it would come back to a GPU that may have no context yet
-        try:
-            _C.cuda.prepare(layer, device)
-        except (RuntimeError, ValueError) as error:
-            raise PVQError(f"CUDA: {error}") from error
+    with on_gpu(device):
+        _C.cuda.prepare(layer, device)
     return OnDevice(layer, _C.cuda.Constants(tables, signs), counters(device))
 
 

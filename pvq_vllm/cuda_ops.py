@@ -7,7 +7,7 @@ the weight is in cuda_constants.py.
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import cache
 
 import torch
@@ -22,7 +22,7 @@ from pvq_vllm.arguments import (
     view_codes,
 )
 from pvq_vllm.codec.errors import PVQError
-from pvq_vllm.cuda_constants import make_plan, on_device, table_address
+from pvq_vllm.cuda_constants import make_plan, on_device, on_gpu, table_address
 
 MIN_CAPABILITY = 80
 
@@ -103,20 +103,8 @@ def _version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
-@contextmanager
 def _on_gpu_of(tensor: torch.Tensor):
-    """For calls of the compiled module: its errors, which are CUDA's or about a plan, become PVQError.
-
-    It would make the tensor's GPU the current one itself, and then go back. That makes a context of hundreds of MB on a GPU that
-    has none yet, where torch only remembers which one was current.
-    """
-    with torch.cuda.device_of(tensor):
-        try:
-            yield
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, ValueError) as error:
-            raise PVQError(f"CUDA: {error}") from error
+    return on_gpu(tensor.get_device())
 
 
 def _device_and_stream(tensor: torch.Tensor) -> tuple[int, int]:
