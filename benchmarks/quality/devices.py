@@ -38,24 +38,25 @@ class Answer(NamedTuple):
     text: str
 
 
-@torch.inference_mode()
-def answers(
-    folder: Path, device: str, dtype: torch.dtype, activation: str | None, max_tokens: int
-) -> list[Answer]:
-    config = AutoConfig.from_pretrained(folder)
-    if activation:
-        config.quantization_config["activation"] = activation
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, device_map=device)
-    found = []
-    for question in QUESTIONS:
-        prompt = tokenizer.apply_chat_template(
+class Model:
+    def __init__(self, folder: Path, device: str, dtype: torch.dtype, activation: str | None) -> None:
+        config = AutoConfig.from_pretrained(folder)
+        if activation:
+            config.quantization_config["activation"] = activation
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.model = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, device_map=device
+        )
+
+    @torch.inference_mode()
+    def answer(self, question: str, max_tokens: int) -> Answer:
+        prompt = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": question}],
             add_generation_prompt=True,
             return_tensors="pt",
             return_dict=True,
-        ).to(device)
-        generated = model.generate(
+        ).to(self.model.device)
+        generated = self.model.generate(
             **prompt,
             max_new_tokens=max_tokens,
             do_sample=False,
@@ -64,9 +65,8 @@ def answers(
         )
         token_ids = generated.sequences[0, prompt["input_ids"].shape[1] :].tolist()
         best = [score[0].float().log_softmax(-1).topk(2).values.tolist() for score in generated.scores]
-        text = tokenizer.decode(token_ids, skip_special_tokens=True)
-        found.append(Answer(token_ids, [first - second for first, second in best], text))
-    return found
+        text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        return Answer(token_ids, [first - second for first, second in best], text)
 
 
 def parting(one: Answer, other: Answer) -> int | None:
@@ -93,11 +93,10 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--devices: two, such as cpu,cuda")
     torch.backends.cuda.matmul.allow_tf32 = False
     dtype = getattr(torch, options.dtype)
-    here, there = (
-        answers(options.checkpoint, device, dtype, options.activation, options.tokens) for device in devices
-    )
+    models = [Model(options.checkpoint, device, dtype, options.activation) for device in devices]
     same = 0
-    for question, one, other in zip(QUESTIONS, here, there, strict=True):
+    for question in QUESTIONS:
+        one, other = (model.answer(question, options.tokens) for model in models)
         place = parting(one, other)
         same += place is None
         if place is None:
@@ -107,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
                 f"{answer.leads[place]:.4f}" for answer in (one, other) if place < len(answer.leads)
             )
             verdict = f"part at token {place}, where the best is ahead by {leads}"
-        print(f"{question} {one.text.split(chr(10))[0][:60]!r}: {verdict}")
+        print(f"{question} {one.text.split(chr(10))[0][:60]!r}: {verdict}", flush=True)
     print(f"{same} of {len(QUESTIONS)} answers are the same token by token on {devices[0]} and {devices[1]}")
     return int(same < len(QUESTIONS))
 
