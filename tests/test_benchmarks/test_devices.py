@@ -2,7 +2,6 @@
 """benchmarks/quality/devices.py: it sees that answers are the same, and where they part."""
 
 import pytest
-import torch
 
 from benchmarks.quality import devices
 from benchmarks.quality.devices import Answer, parting
@@ -32,12 +31,21 @@ def test_a_device_agrees_with_itself(checkpoint, capsys):
     assert "8 of 8 answers are the same token by token on cpu and cpu" in capsys.readouterr().out
 
 
+class WrongOnGPU(devices.Model):
+    """On a CPU in any case; "cuda" gives one wrong answer."""
+
+    def __init__(self, folder, device, dtype, activation):
+        super().__init__(folder, "cpu", dtype, activation)
+        self.wrong = devices.QUESTIONS[-1] if device == "cuda" else None
+
+    def answer(self, question, max_tokens):
+        right = super().answer(question, max_tokens)
+        return right._replace(token_ids=[*right.token_ids[:2], -1]) if question == self.wrong else right
+
+
 def test_another_answer_is_noticed(checkpoint, capsys, monkeypatch):
-    right = devices.answers(checkpoint, "cpu", torch.float32, "a16", 6)
-    wrong = right[:-1] + [right[-1]._replace(token_ids=[*right[-1].token_ids[:2], -1])]
-    given = iter([right, wrong])
-    monkeypatch.setattr(devices, "answers", lambda *_: next(given))
-    assert devices.main([str(checkpoint), "--activation", "a16"]) == 1
+    monkeypatch.setattr(devices, "Model", WrongOnGPU)
+    assert devices.main([str(checkpoint), "--activation", "a16", "--tokens", "6"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert "part at token 2, where the best is ahead by" in lines[-2]
     assert lines[-1] == "7 of 8 answers are the same token by token on cpu and cuda"
