@@ -10,6 +10,23 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Skip what this build or this machine cannot run, before any fixture is made for it."""
+    needs_gpu = item.get_closest_marker("cuda") is not None
+    if not needs_gpu and item.get_closest_marker("cuda_build") is None:
+        return
+    import torch
+
+    from pvq_vllm import _C
+
+    if not _C.with_cuda:
+        pytest.skip("this build has no CUDA kernels")
+    if needs_gpu and not torch.cuda.is_available():
+        pytest.skip("torch finds no GPU")
+
+
 VOCAB_SIZE = 512
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers that exist on the CPU and on the GPU, and the comparison of what both compute.
 
-A test marked ``cuda`` needs a GPU and a build with CUDA, and is skipped elsewhere. What the CPU computes is tested against
-docs/format.md in tests/test_csrc.
+What the CPU computes is tested against docs/format.md in tests/test_csrc.
 """
 
 from functools import cache
@@ -11,19 +10,10 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from pvq_vllm import _C, ops, quantizer_ops
+from pvq_vllm import ops, quantizer_ops
 from pvq_vllm.codec.rotation import rotation_layout
 
 SEED = 5
-
-
-@pytest.fixture(autouse=True)
-def gpu_or_skip(request):
-    if request.node.get_closest_marker("cuda"):
-        if not _C.with_cuda:
-            pytest.skip("this build has no CUDA kernels")
-        if not torch.cuda.is_available():
-            pytest.skip("torch finds no GPU")
 
 
 @cache

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from pvq_vllm import _C, cuda_ops, ops
+from pvq_vllm import cuda_ops, ops
 from pvq_vllm.codec.activation import GROUP_SIZES
 from pvq_vllm.codec.errors import PVQError
 
@@ -91,7 +91,7 @@ def test_cuda_graph_replays_with_new_inputs(kit):
         assert torch.equal(output.cpu(), ops.linear(x, layer.on_cpu, None, 576, layer.plan))
 
 
-@pytest.mark.skipif(not _C.with_cuda, reason="this build has no CUDA kernels")
+@pytest.mark.cuda_build
 def test_the_plan_of_the_gpu_refuses_what_the_one_of_the_cpu_refuses():
     plan = ops.make_plan([("pvq4", 8)], 64, activation="pvq:32,105")
     assert cuda_ops.make_plan(plan).num_planes == 1

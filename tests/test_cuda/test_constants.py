@@ -12,11 +12,10 @@ import torch
 
 from pvq_vllm import _C, cuda_constants, ops
 
-built_with_cuda = pytest.mark.skipif(not _C.with_cuda, reason="this build has no CUDA kernels")
 NUM_STREAMS = 200  # more than there are spare counters
 
 
-@built_with_cuda
+@pytest.mark.cuda_build
 def test_every_stream_and_every_capture_has_counters_of_its_own():
     counters = cuda_constants.Counters(torch.device("cpu"))
     asked = [(stream, capture) for stream in range(NUM_STREAMS) for capture in (None, 0, 7)]
@@ -28,7 +27,7 @@ def test_every_stream_and_every_capture_has_counters_of_its_own():
     assert not any(row.any() for row in counters._rows.values())
 
 
-@built_with_cuda
+@pytest.mark.cuda_build
 def test_threads_that_load_at_once_share_one_table_and_its_address(monkeypatch):
     made = []
 

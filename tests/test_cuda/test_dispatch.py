@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pvq_vllm import _C
+pytestmark = pytest.mark.cuda_build
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 GPUS = {  # capability, multiprocessors, shared memory of a block
@@ -24,8 +24,6 @@ GPUS = {  # capability, multiprocessors, shared memory of a block
 
 @pytest.fixture(scope="module")
 def dispatch_check() -> Path:
-    if not _C.with_cuda:
-        pytest.skip("this build has no CUDA kernels")
     tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
     kernels = "CMakeFiles/_C.dir/csrc/cuda/dispatch.cu.o"
     built = [path for path in (ROOT / "build").glob(f"{tag}-*") if (path / kernels).exists()]

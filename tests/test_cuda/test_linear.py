@@ -44,9 +44,8 @@ MORE_ROTATIONS |= {(1056, 33), (1056, 0), (9224, 0), (9216, 36), (16384, 64)}
 
 
 def need_wgmma() -> None:
-    code = _C.cuda.describe_device(
-        torch.cuda.current_device()
-    ).code  # of what is loaded, which may be older than the GPU
+    # Of what is loaded, which may be older than the GPU.
+    code = _C.cuda.describe_device(torch.cuda.current_device()).code
     if code != 90 or "90a" not in _C.cuda.architectures:
         pytest.skip(f"no wgmma: this GPU runs code for {code}, this build is for {_C.cuda.architectures}")
 

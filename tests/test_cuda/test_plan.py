@@ -14,7 +14,6 @@ from pvq_vllm.codec.errors import PVQError
 from pvq_vllm.codec.rotation import Rotation, rotation_layout
 
 PVQ4, INT8 = 2, 3
-built_with_cuda = pytest.mark.skipif(not _C.with_cuda, reason="this build has no CUDA kernels")
 
 
 def test_a_plan_string_means_what_was_written():
@@ -23,7 +22,7 @@ def test_a_plan_string_means_what_was_written():
     assert PlanArguments.parse(ops.make_plan([("pvq4", 5)], 8)) == PlanArguments(8, [(2, 5)], 1, 0, 0, 0, [])
 
 
-@built_with_cuda
+@pytest.mark.cuda_build
 def test_neighbours_with_one_codebook_become_one_segment():
     plan = ops.make_plan([("pvq4", 100), ("pvq4", 28), ("int8", 17), ("pvq4", 1)], 200)
     layer = cuda_ops.make_plan(plan)
@@ -37,7 +36,7 @@ def test_neighbours_with_one_codebook_become_one_segment():
     assert layer.weight_bytes == 8 * 2 * 1024 + 4 * 2 * 2048 + 4 * 2 * 1024
 
 
-@built_with_cuda
+@pytest.mark.cuda_build
 @pytest.mark.parametrize("tokens", [1, 3, 8, 1000])
 @pytest.mark.parametrize("mode", ["a8", "a16"])
 def test_parts_of_the_workspace_do_not_overlap(tokens, mode):
@@ -51,7 +50,7 @@ def test_parts_of_the_workspace_do_not_overlap(tokens, mode):
     assert all(value % 256 == 0 for name, value in at.items() if name != "padded_columns")
 
 
-@built_with_cuda
+@pytest.mark.cuda_build
 @pytest.mark.parametrize(
     "blocks, chunks, round_blocks",
     [(1, 1, 1), (1, 5, 1), (3, 4, 2), (16, 32, 16), (47, 33, 22), (225, 32, 16)],
@@ -62,7 +61,7 @@ def test_a_weight_is_expanded_in_the_order_of_the_rounds(blocks, chunks, round_b
     assert pieces == sorted(every, key=lambda piece: (piece[0] // round_blocks, piece[1], piece[0], piece[2]))
 
 
-@built_with_cuda
+@pytest.mark.cuda_build
 @pytest.mark.parametrize("panel_shift", [3, 4])
 @pytest.mark.parametrize(
     "row_tiles, column_tiles",
@@ -79,7 +78,7 @@ def test_tiles_are_walked_in_panels(row_tiles, column_tiles, panel_shift):
             assert place == (row, panel * width + column)
 
 
-@built_with_cuda
+@pytest.mark.cuda_build
 @pytest.mark.parametrize("splits", [1, 2, 3])
 def test_every_chunk_of_a_divided_tile_is_multiplied_once(splits):
     for num_chunks in range(4, 70):
@@ -94,7 +93,7 @@ def test_every_chunk_of_a_divided_tile_is_multiplied_once(splits):
             assert len(ctas[0][0]) - len(ctas[0][1]) == len(ctas[1][1]) - len(ctas[1][0]) == 2
 
 
-@built_with_cuda
+@pytest.mark.cuda_build
 @pytest.mark.parametrize("table_bytes", [0, 32768])
 def test_launches_of_many_columns_fit_the_device(table_bytes):
     max_shared, resident = 232448, [132, 66, 42]
@@ -128,7 +127,7 @@ def test_launches_of_many_columns_fit_the_device(table_bytes):
     assert {(256, 1, 1), (256, 2, 1), (256, 3, 1), (128, 2, 1), (128, 3, 1), (256, 2, 2)} <= choices
 
 
-@built_with_cuda
+@pytest.mark.cuda_build
 @pytest.mark.parametrize("rows, chunks", [(17096, 5), (20000, 7)])
 def test_blocks_of_128_columns_that_take_several_tiles(rows, chunks):
     """That is what these shapes are there for in test_linear.py."""
@@ -136,7 +135,7 @@ def test_blocks_of_128_columns_that_take_several_tiles(rows, chunks):
     assert (launch["columns_per_tile"], launch["splits"]) == (128, 1) and launch["workers"] < launch["tiles"]
 
 
-@built_with_cuda
+@pytest.mark.cuda_build
 @pytest.mark.parametrize(
     "rows, columns, chunks", [(57344, 256, 64), (57344, 80, 64), (128 * 182, 100, 33), (128 * 182, 200, 33)]
 )
@@ -146,7 +145,7 @@ def test_a_last_round_that_leaves_most_of_the_device_idle_is_a_launch_of_its_own
     assert [launch["splits"] for launch in launches] == [1, 2]
 
 
-@built_with_cuda
+@pytest.mark.cuda_build
 def test_sign_bits_are_the_signs_of_the_rotation():
     blocks, factors = rotation_layout(72)
     plan = ops.make_plan([("pvq4", 1)], 72, seed=3, first_column=40, rotation_blocks=blocks, factors=factors)
@@ -156,7 +155,7 @@ def test_sign_bits_are_the_signs_of_the_rotation():
     assert [-1.0 if bit else 1.0 for bit in bits] == list(signs)
 
 
-@built_with_cuda
+@pytest.mark.cuda_build
 @pytest.mark.parametrize("order", [24, 84, 148])
 def test_a_rotation_without_a_kernel_is_refused_and_not_left_out(order):
     plan = ops.make_plan([("pvq4", 1)], order * 2, rotation_blocks=1, factors=[order, 2])
@@ -176,7 +175,7 @@ def report(**changes) -> SimpleNamespace:
     return SimpleNamespace(**usual | {"fault": ""} | changes)
 
 
-@built_with_cuda
+@pytest.mark.cuda_build
 @pytest.mark.parametrize(
     "changes, words",
     [
@@ -208,7 +207,7 @@ def plan_of_width(columns: int, factors: list[int], activation: str = "a8") -> s
     )
 
 
-@built_with_cuda
+@pytest.mark.cuda_build
 @pytest.mark.parametrize(
     "columns, factors, activation, code, remedy",
     [
@@ -232,7 +231,7 @@ def test_only_what_exceeds_shared_memory_is_refused(columns, factors, activation
     assert (problem is None) if remedy is None else (remedy in problem and f" {columns} input" in problem)
 
 
-@built_with_cuda
+@pytest.mark.cuda_build
 def test_a_build_without_kernels_says_so_before_anything_else(monkeypatch):
     plan = plan_of_width(64, [])
     monkeypatch.setattr(_C, "with_cuda", False)

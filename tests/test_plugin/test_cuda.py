@@ -12,13 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pvq_vllm import _C
-
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not _C.with_cuda, reason="this build has no CUDA kernels"),
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU"),
-]
+pytestmark = pytest.mark.cuda
 
 PROMPTS = [[(7 * i + 11 * j) % 510 + 2 for i in range(20)] for j in range(3)]
 MAX_TOKENS = 12

@@ -15,7 +15,7 @@ pytest.importorskip("vllm")
 from vllm.model_executor.layers import linear as vllm_linear
 from vllm.model_executor.layers import vocab_parallel_embedding as vllm_vocabulary
 
-from pvq_vllm import _C, cuda_ops, ops, quantizer_ops
+from pvq_vllm import cuda_ops, ops, quantizer_ops
 from pvq_vllm.canonical_ops import decode_canonical, encode_canonical
 from pvq_vllm.codec import reference
 from pvq_vllm.codec.errors import PVQError
@@ -411,7 +411,7 @@ def test_a_layer_can_be_loaded_again(ranks, name):
     assert torch.equal(layer.quant_method.apply(layer, x), expected.quant_method.apply(expected, x))
 
 
-@pytest.mark.skipif(not _C.with_cuda, reason="this build has no CUDA kernels")
+@pytest.mark.cuda_build
 def test_a_rotation_that_gpus_cannot_do_is_refused_before_loading(ranks, monkeypatch):
     """As of down_proj of Qwen2.5-7B, 18944 = 148 * 128."""
     ranks(0, 1)
