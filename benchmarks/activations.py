@@ -19,9 +19,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
-import pvq_vllm.hf_quantizer  # noqa: F401  registers the quantization method
 from offline_quant.calibration import forward_dtype
 from offline_quant.calibration_data import tokenize
 from offline_quant.evaluate import compare_logits, evaluation_text, load_model, mean_and_interval
@@ -72,12 +70,6 @@ def exact_model(checkpoint: Path, base: Path, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def model_with(checkpoint: Path, mode: str, dtype: torch.dtype) -> nn.Module:
-    config = AutoConfig.from_pretrained(checkpoint)
-    config.quantization_config["activation"] = mode
-    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, config=config).eval()
-
-
 def bits_of(mode: str) -> float:
     activation = parse_activation(mode)
     if not activation.group_size:
@@ -125,7 +117,7 @@ def main() -> None:
         raise SystemExit(f"{arguments.text} has {len(ids)} tokens, fewer than {wanted}")
     reference = load_model(arguments.base, dtype)
     models = {EXACT: exact_model(arguments.checkpoint, arguments.base, dtype)}
-    models |= {mode: model_with(arguments.checkpoint, mode, dtype) for mode in modes}
+    models |= {mode: load_model(arguments.checkpoint, dtype, activation=mode) for mode in modes}
     samples: dict[str, list[dict]] = {name: [] for name in models}
     with torch.inference_mode():
         for sequence in ids[:wanted].split(arguments.length):

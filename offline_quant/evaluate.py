@@ -127,24 +127,42 @@ def _check_folder(folder: Path) -> None:
         ModelSource.open(folder)
 
 
-def _load(folder: Path, dtype: torch.dtype, device: str) -> torch.nn.Module:
+def _load(folder: Path, dtype: torch.dtype, device: str, **arguments) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     # Onto the device at once: the weights of a PVQ checkpoint are packed for the device that they are loaded on.
-    place = {} if device == "cpu" else {"device_map": {"": device}}
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **place).eval()
+    if device != "cpu":
+        arguments["device_map"] = {"": device}
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, **arguments
+    ).eval()
 
 
-def load_model(folder: str | os.PathLike, dtype: torch.dtype, device: str = "cpu") -> torch.nn.Module:
+def load_model(
+    folder: str | os.PathLike, dtype: torch.dtype, device: str = "cpu", activation: str | None = None
+) -> torch.nn.Module:
     """Load a Hugging Face folder, quantized with PVQ or not, for inference on ``device``.
 
+    ``activation``: a mode in place of the checkpoint's, a8, a16 or pvq:D,K.
+
     Raises:
-        PVQError: the folder is missing, damaged, or of a model type that transformers does not know.
+        PVQError: the folder is missing, damaged, or of a model type that transformers does not know; a mode is
+            unknown, or given for a model that is not quantized with PVQ.
     """
-    _check_folder(Path(folder))
-    return _load(Path(folder), dtype, device)
+    from transformers import AutoConfig
+
+    folder = Path(folder)
+    _check_folder(folder)
+    if activation is None:
+        return _load(folder, dtype, device)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    settings = getattr(config, "quantization_config", None) or {}
+    if settings.get("quant_method") != "pvq":
+        raise PVQError(f"{folder} is not quantized with PVQ, so its activations have no mode {activation}")
+    settings["activation"] = activation
+    return _load(folder, dtype, device, config=config)
 
 
 def evaluate(

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-import pvq_vllm.hf_quantizer  # noqa: F401  registers "pvq" with transformers
+from offline_quant.evaluate import load_model
 
 QUESTIONS = (
     "What is the capital of France?",
@@ -40,13 +40,8 @@ class Answer(NamedTuple):
 
 class Model:
     def __init__(self, folder: Path, device: str, dtype: torch.dtype, activation: str | None) -> None:
-        config = AutoConfig.from_pretrained(folder)
-        if activation:
-            config.quantization_config["activation"] = activation
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, device_map=device
-        )
+        self.model = load_model(folder, dtype, device, activation)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
     @torch.inference_mode()
     def answer(self, question: str, max_tokens: int) -> Answer:

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The three numbers against their definitions, and their confidence intervals."""
 
+import json
 import math
 
 import pytest
 import torch
 
-from offline_quant.evaluate import compare_logits, evaluate, evaluation_text, mean_and_interval
+from offline_quant.evaluate import compare_logits, evaluate, evaluation_text, load_model, mean_and_interval
 from offline_quant.plan import Settings, codebook_from_text
 from offline_quant.quantize_checkpoint import quantize_checkpoint
 from pvq_vllm.codec.errors import PVQError
@@ -84,3 +85,21 @@ def test_unusable_input_is_named_before_anything_is_loaded(tiny_llama, tmp_path,
         match="the tokenizer gives token 1000000, but the model's embedding has only 512 rows: copy the tokenizer",
     ):
         evaluate(tiny_llama, tiny_llama, evaluation_text(), 1, 8)
+
+
+@torch.inference_mode()
+def test_a_checkpoint_is_loaded_with_another_activation_mode(tiny_llama, tmp_path):
+    quantize_checkpoint(tiny_llama, tmp_path / "a8", Settings())
+    ids = torch.arange(40)[None]
+    a8, a16, again = (load_model(tmp_path / "a8", torch.float32, "cpu", mode) for mode in ("a8", "a16", None))
+    assert torch.equal(a8(ids).logits, again(ids).logits)
+    config = json.loads((tmp_path / "a8" / "config.json").read_text())
+    config["quantization_config"]["activation"] = "a16"
+    (tmp_path / "a8" / "config.json").write_text(json.dumps(config))
+    stored = load_model(tmp_path / "a8", torch.float32)
+    assert torch.equal(a16(ids).logits, stored(ids).logits)
+    assert not torch.equal(a16(ids).logits, a8(ids).logits)
+    with pytest.raises(PVQError, match="activation is 'a9', but must be one of a8"):
+        load_model(tmp_path / "a8", torch.float32, activation="a9")
+    with pytest.raises(PVQError, match="is not quantized with PVQ, so its activations have no mode a16"):
+        load_model(tiny_llama, torch.float32, activation="a16")
