@@ -4,6 +4,7 @@
 Equality with the reference is tested in test_csrc.
 """
 
+import re
 import subprocess
 from typing import NamedTuple
 
@@ -103,5 +104,6 @@ def test_scales_cast_to_another_dtype_are_refused(layer):
 
 
 def test_compiled_module_knows_nothing_of_torch():
-    linked = subprocess.run(["ldd", _C.__file__], capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(["ldd", _C.__file__], capture_output=True, text=True, check=True).stdout
+    linked = re.sub(r"\(0x[0-9a-f]+\)", "", output)  # an address may have "c10" in it
     assert "libc.so" in linked and "torch" not in linked and "c10" not in linked
